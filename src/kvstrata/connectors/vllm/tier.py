@@ -1,0 +1,232 @@
+"""KVStrataTier: a BlockStore as a secondary tier of vLLM's tiering offload (vLLM 0.30 and later).
+
+vLLM keeps a primary tier in host memory; this tier stands below it. Rows of the primary are read and
+written in place: a row is the buffer of the O_DIRECT call. All methods run on vLLM's scheduler and only
+touch tables and queues. A load that fails or is late makes its key a miss for the request at once, so that
+vLLM computes the block instead of asking again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+)
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from kvstrata.config import Config, NvmeTierConfig, load_config, parse_config
+from kvstrata.connectors.vllm.identity import engine_namespace
+from kvstrata.connectors.vllm.quarantine import Quarantine
+from kvstrata.errors import ConfigError
+from kvstrata.hashing import wrap_keys
+from kvstrata.metrics import MetricsServer
+from kvstrata.store import BlockStore
+from kvstrata.transfer.handle import Transfer
+from kvstrata.types import BlockKey, BlockLayout, Lookup, Outcome, PrefixMatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _RequestChain:
+    """What this tier remembers of one request: its blocks so far, and those that it could not have."""
+
+    number: int
+    keys: dict[OffloadKey, BlockKey] = field(default_factory=dict)
+    failed: set[OffloadKey] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    transfer: Transfer
+    keys: list[OffloadKey]
+    rows: list[int]
+    is_load: bool
+    chain: _RequestChain
+
+
+class KVStrataTier(SecondaryTierManager):
+    """Give either config_file (a kvstrata.toml) or settings (the same as a mapping)."""
+
+    medium: ClassVar[Medium | None] = Medium.STORAGE
+
+    # vLLM 0.33 may poll for finished jobs off the scheduler's thread, under its manager's lock.
+    tolerates_off_thread_polling = True
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: Any = None,
+        config_file: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        locality: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        if unknown:
+            raise ConfigError(
+                f"secondary_tiers: unknown keys {sorted(unknown)}; KVStrataTier takes config_file or settings"
+            )
+        if (config_file is None) == (settings is None):
+            raise ConfigError("secondary_tiers: give KVStrataTier either config_file or settings")
+        config = load_config(config_file) if config_file else parse_config(settings or {}, "settings")
+        config = _for_replica(config, offloading_spec.config.parallel)
+        rows = np.asarray(primary_kv_view)
+        row_bytes = rows.strides[0]
+        cache = offloading_spec.config.cache
+        tokens = offloading_spec.config.groups[0].tokens_per_block * cache.blocks_per_chunk
+        namespace = engine_namespace(
+            offloading_spec.config, row_bytes, config.vllm.model_revision, config.store.salt
+        )
+        self._rows = rows
+        self._row_bytes = row_bytes
+        self._namespace = namespace.digest
+        self._jobs: dict[int, _Job] = {}
+        self._quarantine = Quarantine(offloading_spec)
+        self.store = BlockStore(config, BlockLayout(row_bytes, tokens), namespace)
+        self._metrics: MetricsServer | None = None
+        try:
+            if config.metrics.port:
+                self._metrics = MetricsServer(self.store, config.metrics)
+        except BaseException:
+            self.store.close()
+            raise
+        # An engine that is only dropped, not shut down, must not lose what it has saved.
+        atexit.register(self.store.close)
+        for tier in self.store.status():
+            log.info("kvstrata: tier %s: %d blocks found", tier.name, tier.blocks)
+
+    def _chain(self, context: ReqContext) -> _RequestChain:
+        chain = context.get_state(_RequestChain)
+        if chain is None:
+            chain = _RequestChain(self.store.new_request())
+            context.set_state(chain)
+        return chain
+
+    def _wrap(self, keys: Collection[OffloadKey], chain: _RequestChain) -> list[BlockKey]:
+        """Our keys for vLLM's, computed once per request."""
+        new = [key for key in keys if key not in chain.keys]
+        chain.keys.update(zip(new, wrap_keys(self._namespace, new), strict=True))
+        return [chain.keys[key] for key in keys]
+
+    # vLLM asks
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._chain(req_context)
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        chain = self._chain(req_context)
+        if key in chain.failed:
+            return LookupResult.MISS
+        match = self.store.lookup(self._wrap([key], chain))
+        return LookupResult.HIT if match.blocks else LookupResult.MISS
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Remember that the request used these; the policies hear of it once, when it finishes."""
+        self._wrap(keys, self._chain(req_context))
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        chain = self._chain(req_context)
+        positions = {key: req_context.get_offload_key_position(key) for key in chain.keys}
+        ordered = sorted(chain.keys, key=lambda key: positions[key] or 0)
+        self.store.touch([chain.keys[key] for key in ordered], request=chain.number)
+
+    # vLLM moves
+
+    def _views(self, rows: Iterable[int]) -> list[memoryview]:
+        return [memoryview(self._rows[row]) for row in rows]
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        chain = self._chain(job_metadata.req_context)
+        keys, rows = list(job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
+        wrapped = self._wrap(keys, chain)
+        transfer = self.store.save(wrapped, self._views(rows), request=chain.number)
+        self._jobs[job_metadata.job_id] = _Job(transfer, keys, rows, False, chain)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        chain = self._chain(job_metadata.req_context)
+        keys, rows = list(job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
+        wrapped = self._wrap(keys, chain)
+        match = PrefixMatch(tuple(wrapped), len(wrapped), (Lookup.HIT,) * len(wrapped))
+        transfer = self.store.load(match, self._views(rows))
+        self._jobs[job_metadata.job_id] = _Job(transfer, keys, rows, True, chain)
+
+    def get_finished_jobs(self) -> Iterator[JobResult]:
+        self._quarantine.release()
+        finished = [job_id for job_id, job in self._jobs.items() if self._is_over(job)]
+        for job_id in finished:
+            job = self._jobs.pop(job_id)
+            outcomes = job.transfer.outcomes
+            good = (Outcome.LOADED,) if job.is_load else (Outcome.SAVED, Outcome.PRESENT)
+            moved = [key for key, end in zip(job.keys, outcomes, strict=True) if end in good]
+            if job.is_load:
+                job.chain.failed.update(set(job.keys).difference(moved))
+            yield JobResult(
+                job_id=job_id,
+                success=len(moved) == len(job.keys),
+                successful_keys=moved if job.is_load else None,
+                transfer_bytes=len(moved) * self._row_bytes,
+            )
+            # vLLM has freed the rows of failed keys by now, before it asks for the next result.
+            late = {
+                row
+                for row, end in zip(job.rows, outcomes, strict=True)
+                if job.is_load and end is Outcome.LATE
+            }
+            if late and not job.transfer.released:
+                self.store.telemetry.count("quarantined_rows_total", by=len(late))
+                self._quarantine.hold(late, job.transfer)
+
+    def _is_over(self, job: _Job) -> bool:
+        """May vLLM hear of the end? A save may always: bytes that change under it fail their checksum."""
+        if not job.transfer.done:
+            return False
+        return not job.is_load or job.transfer.released or self._quarantine.possible()
+
+    def drain_jobs(self) -> None:
+        for job in self._jobs.values():
+            while not (job.transfer.wait(1.0) and job.transfer.wait_released(1.0)):
+                pass
+        self._quarantine.wait()
+
+    def on_reset_flushed(self) -> None:
+        """vLLM 0.33 reports that a reset is through; nothing of ours depends on it."""
+
+    def shutdown(self) -> None:
+        self.store.close()
+        atexit.unregister(self.store.close)
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        self._jobs.clear()
+        # vLLM releases its view next, which fails while an array still stands on it.
+        self._rows = np.zeros((0, 0), dtype=np.int8)
+
+
+def _for_replica(config: Config, parallel: Any) -> Config:
+    """Data-parallel replicas are processes of their own: each gets a folder, a share and a port."""
+    count, index = parallel.data_parallel_size, parallel.data_parallel_index
+    if count <= 1:
+        return config
+    tiers = []
+    for tier in config.tiers:
+        share = replace(tier, capacity_bytes=tier.capacity_bytes // count)
+        if isinstance(share, NvmeTierConfig):
+            share = replace(share, path=str(Path(share.path) / f"replica-{index}"))
+        tiers.append(share)
+    port = config.metrics.port and config.metrics.port + index
+    return replace(config, tiers=tuple(tiers), metrics=replace(config.metrics, port=port))

@@ -1,0 +1,110 @@
+"""Shows a store's telemetry to Prometheus, and to `kvstrata stats`, over HTTP. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import start_http_server
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from kvstrata.config import MetricsConfig
+from kvstrata.errors import ConfigError
+from kvstrata.store import BlockStore
+from kvstrata.telemetry import BUCKETS_SECONDS, CATALOGUE, HISTOGRAMS, Histogram
+
+PREFIX = "kvstrata_"
+
+
+class StoreCollector(Collector):
+    """Reads the store when it is asked; keeps no numbers of its own."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        telemetry = self._store.telemetry
+        counters = telemetry.counters()
+        for name, (labels, text) in CATALOGUE.items():
+            family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+            values = counters.get(name, {} if labels else {(): 0})
+            for label_values, value in values.items():
+                family.add_metric(label_values, value)
+            yield family
+        histograms = telemetry.histograms()
+        for name, (labels, text) in HISTOGRAMS.items():
+            spread = HistogramMetricFamily(PREFIX + name, text, labels=labels)
+            for label_values, histogram in histograms.get(name, {}).items():
+                spread.add_metric(label_values, _buckets(histogram), histogram.total_seconds)
+            yield spread
+        yield from self._gauges()
+
+    def _gauges(self) -> Iterator[Metric]:
+        for name, value in self._store.queued.items():
+            yield GaugeMetricFamily(PREFIX + name, f"{name.replace('_', ' ')} now", value=value)
+        settings = self._store.config.store
+        bounds: dict[str, float] = {
+            "queue_bytes": settings.queue_bytes,
+            "queue_blocks": settings.queue_blocks,
+            "load_queue_blocks": settings.load_queue_blocks,
+            "batch_blocks": settings.batch_blocks,
+            "io_threads": settings.io_threads,
+            "io_store_threads": settings.io_store_threads,
+            "io_deadline_seconds": settings.io_deadline_seconds,
+            "events": settings.events,
+        }
+        family = GaugeMetricFamily(PREFIX + "bound", "Configured bounds", labels=["name"])
+        for name, bound in bounds.items():
+            family.add_metric([name], bound)
+        yield family
+        tiers = self._store.status()
+        for name, text in (
+            ("readable", "1 while the tier serves loads"),
+            ("writable", "1 while the tier takes saves"),
+            ("blocks", "Loadable blocks"),
+            ("used_bytes", "Bytes of occupied slots"),
+            ("capacity_bytes", "Bytes of all usable slots"),
+            ("pinned_blocks", "Blocks pinned by running transfers"),
+        ):
+            family = GaugeMetricFamily(f"{PREFIX}tier_{name}", text, labels=["tier"])
+            for tier in tiers:
+                family.add_metric([tier.name], float(getattr(tier, name)))
+            yield family
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    rows: list[tuple[str, float]] = []
+    total = 0
+    for bound, count in zip([*map(str, BUCKETS_SECONDS), "+Inf"], histogram.counts, strict=True):
+        total += count
+        rows.append((bound, total))
+    return rows
+
+
+class MetricsServer:
+    """Serves one store's metrics until closed."""
+
+    def __init__(self, store: BlockStore, config: MetricsConfig) -> None:
+        """Raises ConfigError if the port cannot be had."""
+        registry = CollectorRegistry()
+        registry.register(StoreCollector(store))
+        self._server: Any
+        try:
+            self._server, self._thread = start_http_server(config.port, config.host, registry=registry)
+        except OSError as error:
+            raise ConfigError(
+                f"metrics.port: cannot listen on {config.host}:{config.port}: {error}; "
+                "choose another port, or 0 for none"
+            ) from error
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

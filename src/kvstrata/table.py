@@ -1,0 +1,470 @@
+"""BlockTable: what one tier holds, where, and what may leave. No bytes move here.
+
+Every block of a tier is an id: an index into arrays of slot, length, checksum, pins and expiry. Keys
+map to ids; a policy orders ids. One lock guards all of it, and every method takes whole batches, so
+that a batch is atomic. The states of an id:
+
+    free -> RESERVED (has a slot, being written) -> RESIDENT (loadable) -> GHOST or free
+                    \\-> free (write failed)              \\-> DOOMED (left, but still pinned) -> free
+
+A reserved id is pinned by its writer. A doomed id is out of the index, so nobody finds it any more,
+and its slot comes back with its last pin.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstrata.policies import make_policy
+from kvstrata.policies.lists import Ints
+from kvstrata.types import BlockKey, Lookup
+
+FREE, RESERVED, RESIDENT, GHOST, DOOMED = range(5)
+NEVER_MS = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One block's place in a tier, pinned for whoever holds this object.
+
+    position: index of the block in the batch that was asked for. length: payload bytes, 0 while
+    reserved. checksum: XXH3-64 of the payload, 0 while reserved. expires_ms: Unix milliseconds, 0 never.
+    """
+
+    position: int
+    index: int
+    slot: int
+    key: BlockKey
+    length: int
+    checksum: int
+    sequence: int
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Answer of `BlockTable.record`.
+
+    hits: positions that were resident or being written before. reserved: placements to be written, then
+    committed or aborted. refused: positions that found no room. evicted: blocks that left.
+    """
+
+    hits: list[int]
+    reserved: list[Placement]
+    refused: list[int]
+    evicted: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableEntry:
+    """A resident block as it goes into or comes out of an index file, coldest first."""
+
+    key: BlockKey
+    slot: int
+    length: int
+    checksum: int
+    sequence: int
+    expires_ms: int
+
+
+def unix_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class BlockTable:
+    """slots: places that exist. slot_bytes: charged to the policy per block, whatever its length.
+
+    batch_blocks: largest batch of `record`. clock_ms: Unix milliseconds, for tests.
+    on_expired: told how many blocks met their TTL, outside the lock's callers' hot path.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        slot_bytes: int,
+        policy: str,
+        *,
+        batch_blocks: int = 16_384,
+        clock_ms: Callable[[], int] = unix_ms,
+        on_expired: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.batch_blocks = batch_blocks
+        self._clock_ms = clock_ms
+        self._on_expired = on_expired
+        # Residents and ghosts together are at most two capacities; doomed ids keep their slot.
+        max_ids = 3 * slots + batch_blocks
+        self._policy = make_policy(policy, max_ids, slots * slot_bytes)
+        self._lock = threading.Lock()
+        self._ids: dict[BlockKey, int] = {}
+        self._resident: dict[BlockKey, int] = {}
+        self._keys: list[BlockKey | None] = [None] * max_ids
+        self._state = np.zeros(max_ids, dtype=np.int8)
+        self._slot = np.full(max_ids, -1, dtype=np.int64)
+        self._length = np.zeros(max_ids, dtype=np.int64)
+        self._checksum = np.zeros(max_ids, dtype=np.uint64)
+        self._sequence = np.zeros(max_ids, dtype=np.int64)
+        self._expires_ms = np.zeros(max_ids, dtype=np.int64)
+        self._pins = np.zeros(max_ids, dtype=np.int32)
+        self._sizes = np.full(max_ids, slot_bytes, dtype=np.int64)
+        self._free_ids = list(range(max_ids - 1, -1, -1))
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._withdrawn: list[int] = []
+        self._expiry: list[tuple[int, int, int]] = []
+        self._next_sequence = 1
+
+    # What is there
+
+    def lookup(self, keys: Sequence[BlockKey]) -> list[Lookup]:
+        """State of every key. No side effects but the removal of expired blocks."""
+        with self._lock:
+            self._expire()
+            resident = self._resident
+            if all(key in resident for key in keys):
+                return [Lookup.HIT] * len(keys)
+            return [Lookup.HIT if key in resident else self._absent(key) for key in keys]
+
+    def _absent(self, key: BlockKey) -> Lookup:
+        index = self._ids.get(key)
+        pending = index is not None and self._state[index] == RESERVED
+        return Lookup.PENDING if pending else Lookup.MISS
+
+    def pin(self, keys: Sequence[BlockKey]) -> list[Placement]:
+        """Pin every key that is resident; the others are left out. Unpin each placement once."""
+        with self._lock:
+            self._expire()
+            found = [
+                (position, key, index)
+                for position, key in enumerate(keys)
+                if (index := self._resident.get(key)) is not None
+            ]
+            for _, _, index in found:
+                self._pins[index] += 1
+            return [self._placement(position, key, index) for position, key, index in found]
+
+    def _placement(self, position: int, key: BlockKey, index: int) -> Placement:
+        return Placement(
+            position, index, int(self._slot[index]), key, int(self._length[index]),
+            int(self._checksum[index]), int(self._sequence[index]), int(self._expires_ms[index]),
+        )  # fmt: skip
+
+    def unpin(self, placements: Iterable[Placement]) -> None:
+        with self._lock:
+            for placement in placements:
+                self._unpin(placement.index)
+
+    def _unpin(self, index: int) -> None:
+        assert self._pins[index] > 0, "a placement was unpinned twice"
+        self._pins[index] -= 1
+        if self._pins[index] == 0 and self._state[index] == DOOMED:
+            self._release(index)
+
+    # What comes and goes
+
+    def record(
+        self,
+        keys: Sequence[BlockKey],
+        admit: Sequence[bool] | None = None,
+        *,
+        request: int,
+        ttl_seconds: float = 0.0,
+    ) -> Recorded:
+        """One request's chain, root first: touch what is there, make room for what is not.
+
+        admit: per key, may it be stored now (default: none may: a touch). A key that is not there and
+        may not be stored is passed over. request: equal for calls of one request. ttl_seconds: 0 never.
+        """
+        assert len(keys) <= self.batch_blocks, "the batch is larger than batch_blocks"
+        with self._lock:
+            self._expire()
+            positions: list[int] = []
+            indices: list[int] = []
+            admitted: list[bool] = []
+            fresh: list[tuple[int, int]] = []
+            hits: list[int] = []
+            seen: set[BlockKey] = set()
+            for position, key in enumerate(keys):
+                may = admit is not None and admit[position]
+                if key in seen:
+                    continue
+                seen.add(key)
+                index = self._ids.get(key)
+                if index is None:
+                    if not may:
+                        continue
+                    index = self._free_ids.pop()
+                    self._ids[key] = index
+                    self._keys[index] = key
+                if self._state[index] in (RESERVED, RESIDENT):
+                    hits.append(position)
+                elif may:
+                    fresh.append((position, index))
+                positions.append(position)
+                indices.append(index)
+                admitted.append(may)
+            _, evicted, forgotten = self._policy.access(
+                np.array(indices, dtype=np.int64),
+                np.array(admitted, dtype=np.bool_),
+                self._sizes,
+                self._pins,
+                request,
+            )
+            left = self._leave(evicted, forgotten)
+            reserved: list[Placement] = []
+            refused: list[int] = []
+            expires_ms = self._clock_ms() + int(ttl_seconds * 1000) if ttl_seconds else NEVER_MS
+            self._next_sequence += len(fresh)
+            for rank, (position, index) in enumerate(fresh):
+                if not self._policy.resident(index) or not self._free_slots:
+                    refused.append(position)
+                    if self._policy.resident(index):
+                        self._forget(index)
+                    if self._policy.where[index]:
+                        self._state[index] = GHOST
+                    elif self._keys[index] is not None:
+                        self._release(index)
+                    continue
+                self._state[index] = RESERVED
+                self._pins[index] = 1
+                self._slot[index] = self._free_slots.pop()
+                self._length[index] = 0
+                self._checksum[index] = 0
+                # The deepest block is the oldest, so that a rebuilt order is leaf first too.
+                self._sequence[index] = self._next_sequence - 1 - rank
+                self._expires_ms[index] = expires_ms
+                reserved.append(self._placement(position, keys[position], index))
+            return Recorded(hits, reserved, refused, left)
+
+    def _leave(self, evicted: Ints, forgotten: Ints) -> int:
+        """Take out what the policy evicted and forgot; return how many had a slot."""
+        left = 0
+        for index in evicted.tolist():
+            if self._state[index] != RESIDENT:
+                continue  # came and left within one batch: it never had a slot
+            left += 1
+            key = self._keys[index]
+            assert key is not None
+            assert self._pins[index] == 0, "a pinned block was evicted"
+            del self._resident[key]
+            self._give_slot(index)
+            self._state[index] = GHOST
+        for index in forgotten.tolist():
+            if self._state[index] == GHOST and not self._policy.where[index]:
+                self._release(index)
+        return left
+
+    def _give_slot(self, index: int) -> None:
+        self._free_slots.append(int(self._slot[index]))
+        self._slot[index] = -1
+
+    def _forget(self, index: int) -> None:
+        self._policy.remove(np.array([index], dtype=np.int64), self._sizes)
+
+    def _release(self, index: int) -> None:
+        """The id ends here: free its slot and its key, and let the id be used again."""
+        key = self._keys[index]
+        if key is not None and self._ids.get(key) == index:
+            del self._ids[key]
+        self._keys[index] = None
+        if self._slot[index] >= 0:
+            self._give_slot(index)
+        self._state[index] = FREE
+        self._free_ids.append(index)
+
+    def commit(self, placement: Placement, *, length: int, checksum: int) -> None:
+        """The bytes are in the slot: the block becomes loadable and loses its writer's pin."""
+        with self._lock:
+            index = placement.index
+            assert self._state[index] == RESERVED, "only a reserved block can be committed"
+            self._state[index] = RESIDENT
+            self._length[index] = length
+            self._checksum[index] = checksum
+            self._resident[placement.key] = index
+            if placement.expires_ms:
+                heapq.heappush(self._expiry, (placement.expires_ms, placement.sequence, index))
+            self._unpin(index)
+
+    def abort(self, placement: Placement) -> None:
+        """The write failed: the block was never there. Drops the writer's pin."""
+        with self._lock:
+            self._doom(placement.index)
+            self._unpin(placement.index)
+
+    def drop(self, placement: Placement) -> bool:
+        """Bad bytes were found in a pinned block: nobody finds it any more. Keeps the caller's pin.
+
+        False if it had already left.
+        """
+        with self._lock:
+            if self._state[placement.index] != RESIDENT:
+                return False
+            self._doom(placement.index)
+            return True
+
+    def discard(self, keys: Sequence[BlockKey]) -> int:
+        """Remove resident blocks by key; return how many were there."""
+        with self._lock:
+            found = [index for key in keys if (index := self._resident.get(key)) is not None]
+            for index in found:
+                self._pins[index] += 1
+                self._doom(index)
+                self._unpin(index)
+            return len(found)
+
+    def _doom(self, index: int) -> None:
+        key = self._keys[index]
+        assert key is not None
+        self._resident.pop(key, None)
+        if self._ids.get(key) == index:
+            del self._ids[key]
+        self._forget(index)
+        self._state[index] = DOOMED
+
+    def _expire(self) -> None:
+        if not self._expiry or self._expiry[0][0] > self._clock_ms():
+            return
+        now = self._clock_ms()
+        expired = 0
+        while self._expiry and self._expiry[0][0] <= now:
+            _, sequence, index = heapq.heappop(self._expiry)
+            if self._sequence[index] == sequence and self._state[index] == RESIDENT:
+                self._pins[index] += 1
+                self._doom(index)
+                self._unpin(index)
+                expired += 1
+        if expired:
+            self._on_expired(expired)
+
+    # Capacity
+
+    def withdraw(self, slots: Iterable[int]) -> int:
+        """These free slots cannot be used for now: shrink the bound by them. Returns blocks evicted."""
+        with self._lock:
+            wanted = set(slots)
+            kept = [slot for slot in self._free_slots if slot not in wanted]
+            self._withdrawn += [slot for slot in self._free_slots if slot in wanted]
+            self._free_slots = kept
+            return self._fit()
+
+    def restore_withdrawn(self) -> int:
+        """Try withdrawn slots again; returns how many."""
+        with self._lock:
+            count = len(self._withdrawn)
+            # Behind all others, so that they are used last.
+            self._free_slots[:0] = self._withdrawn
+            self._withdrawn = []
+            self._fit()
+            return count
+
+    def _fit(self) -> int:
+        usable = (self.slots - len(self._withdrawn)) * self.slot_bytes
+        evicted, forgotten = self._policy.resize(usable, self._sizes, self._pins)
+        return self._leave(evicted, forgotten)
+
+    # Opening and closing
+
+    def restore(self, entries: Sequence[TableEntry], request: int = 0) -> int:
+        """Take over blocks found on the medium, coldest first. Returns how many found room.
+
+        Of two entries with one key the later one wins. Slots must be free and within bounds.
+        """
+        with self._lock:
+            latest = {entry.key: entry for entry in entries}
+            ordered = [entry for entry in entries if latest[entry.key] is entry]
+            taken = set()
+            for entry in ordered[max(0, len(ordered) - self.slots) :]:
+                if entry.slot in taken or entry.key in self._ids:
+                    continue
+                index = self._free_ids.pop()
+                self._ids[entry.key] = index
+                self._keys[index] = entry.key
+                one = np.array([index], dtype=np.int64)
+                self._policy.access(one, np.ones(1, np.bool_), self._sizes, self._pins, request)
+                if not self._policy.resident(index):
+                    self._release(index)
+                    continue
+                self._state[index] = RESIDENT
+                self._slot[index] = entry.slot
+                self._length[index] = entry.length
+                self._checksum[index] = entry.checksum
+                self._sequence[index] = entry.sequence
+                self._expires_ms[index] = entry.expires_ms
+                self._resident[entry.key] = index
+                taken.add(entry.slot)
+                if entry.expires_ms:
+                    heapq.heappush(self._expiry, (entry.expires_ms, entry.sequence, index))
+                self._next_sequence = max(self._next_sequence, entry.sequence + 1)
+            self._free_slots = [slot for slot in self._free_slots if slot not in taken]
+            return len(taken)
+
+    def entries(self) -> list[TableEntry]:
+        """Every resident block, the one that would leave first at the front."""
+        with self._lock:
+            self._expire()
+            ordered = [i for i in self._policy.order().tolist() if self._state[i] == RESIDENT]
+            result = []
+            for index in ordered:
+                key = self._keys[index]
+                assert key is not None
+                place = self._placement(0, key, index)
+                result.append(
+                    TableEntry(
+                        key, place.slot, place.length, place.checksum, place.sequence,
+                        place.expires_ms,
+                    )
+                )  # fmt: skip
+            return result
+
+    # What an operator sees
+
+    @property
+    def resident_blocks(self) -> int:
+        return len(self._resident)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all slots that hold or will hold a block."""
+        return (self.slots - len(self._free_slots) - len(self._withdrawn)) * self.slot_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._policy.capacity_bytes
+
+    def pinned_blocks(self) -> int:
+        with self._lock:
+            return int(np.count_nonzero(self._pins))
+
+    def check_integrity(self) -> None:
+        """Assert every invariant. Costs one pass over all ids; for tests and `verify`."""
+        with self._lock:
+            states = self._state
+            holding = np.flatnonzero(np.isin(states, (RESERVED, RESIDENT, DOOMED)))
+            slots = self._slot[holding].tolist()
+            assert len(set(slots)) == len(slots), "two blocks share a slot"
+            every = slots + self._free_slots + self._withdrawn
+            assert sorted(every) == list(range(self.slots)), "a slot was lost or doubled"
+            assert np.all(self._slot[np.isin(states, (FREE, GHOST))] == -1)
+            for key, index in self._resident.items():
+                assert states[index] == RESIDENT and self._keys[index] == key
+                assert self._ids[key] == index
+                assert self._policy.resident(index)
+            assert len(self._resident) == int(np.count_nonzero(states == RESIDENT))
+            for key, index in self._ids.items():
+                assert self._keys[index] == key and states[index] in (RESERVED, RESIDENT, GHOST)
+                assert self._policy.where[index] != 0
+            for index in np.flatnonzero(states == RESERVED).tolist():
+                assert self._pins[index] >= 1 and self._policy.resident(index)
+            assert np.all(self._pins >= 0)
+            assert not np.any(self._pins[np.isin(states, (FREE, GHOST))])
+            listed = int(np.count_nonzero(np.isin(states, (RESERVED, RESIDENT))))
+            assert self._policy.used_bytes == listed * self.slot_bytes
+            assert len(self._policy.order()) == listed
+            assert len(set(self._free_ids)) == len(self._free_ids)
+            assert len(self._free_ids) == int(np.count_nonzero(states == FREE))

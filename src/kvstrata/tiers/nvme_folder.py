@@ -1,0 +1,184 @@
+"""The folder of an nvme tier as a whole: whose it is, which format it has, which segments lie in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvstrata.errors import FolderLockedError, FormatVersionError
+from kvstrata.tiers.nvme_format import (
+    FORMAT,
+    INDEX_FILE,
+    LOCK_FILE,
+    MARKER_FILE,
+    NAMESPACES_FILE,
+    SEGMENT_GLOB,
+    VERSION,
+    SegmentHeader,
+    segment_size,
+)
+from kvstrata.transfer.buffers import PAGE
+from kvstrata.transfer.file_io import FileIO
+
+OUR_FILES = (LOCK_FILE, MARKER_FILE, NAMESPACES_FILE, INDEX_FILE)
+LEFTOVER_GLOBS = ("*.tmp", "*.probe")
+NAMESPACES_BYTES = 24 * 1024
+
+
+class FolderLock:
+    """Exclusive ownership of a folder, kept by flock: the system drops it when the owner dies."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FolderLockedError naming the holder, or OSError."""
+        self._fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = describe_holder(folder) or "a process that left no name"
+            os.close(self._fd)
+            raise FolderLockedError(
+                f"{folder} is in use by {holder}; stop it, or give this process a folder of its own",
+                tier="nvme",
+            ) from None
+        except BaseException:
+            os.close(self._fd)
+            raise
+        # A forked child inherits the descriptor and with it the lock: it must not outlive its parent.
+        os.register_at_fork(after_in_child=self._drop)
+        me = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": " ".join(sys.argv)[:200],
+            "since_unix": int(time.time()),
+        }
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(me).encode(), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    def _drop(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+            self._drop()
+
+
+def describe_holder(folder: Path) -> str:
+    """Who owns the folder by the lock file's own words; empty if nobody is named there."""
+    try:
+        holder = json.loads((folder / LOCK_FILE).read_text())
+        return f"process {holder['pid']} on {holder['host']} ({holder['command'] or 'python'})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def is_locked(folder: Path) -> bool:
+    """Does a process own the folder now? Asks without taking it."""
+    try:
+        fd = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def check_format(folder: Path) -> bool:
+    """True if the folder is one of ours, False if it has no marker. Raises FormatVersionError."""
+    path = folder / MARKER_FILE
+    try:
+        marker = json.loads(path.read_text())
+        name, version = marker["format"], marker["version"]
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        raise FormatVersionError(
+            f"{path} is not a marker that kvstrata wrote; choose an empty folder, or delete this one",
+            tier="nvme",
+        ) from None
+    if name != FORMAT or version != VERSION:
+        raise FormatVersionError(
+            f"{folder} holds format {name} version {version}, this kvstrata reads {FORMAT} version "
+            f"{VERSION}; use the kvstrata that wrote it, or choose an empty folder",
+            tier="nvme",
+        )
+    return True
+
+
+def write_marker(folder: Path, io: FileIO) -> None:
+    io.write_file(folder / MARKER_FILE, json.dumps({"format": FORMAT, "version": VERSION}).encode())
+
+
+def read_namespaces(folder: Path) -> dict[str, dict[str, Any]]:
+    """Digest in hex -> fields. A damaged file is an empty one: it is there for people only."""
+    try:
+        known = json.loads((folder / NAMESPACES_FILE).read_text())
+        return {str(k): dict(v) for k, v in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def remember_namespace(folder: Path, digest: bytes, fields: Mapping[str, object], io: FileIO) -> None:
+    """Write the fields behind a digest down once; in NAMESPACES_BYTES, the oldest go first."""
+    known = read_namespaces(folder)
+    if digest.hex() in known:
+        return
+    known[digest.hex()] = dict(fields)
+    while len(data := json.dumps(known, indent=1, default=str).encode()) > NAMESPACES_BYTES:
+        known.pop(next(iter(known)))
+    io.write_file(folder / NAMESPACES_FILE, data)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentFile:
+    """A segment file whose header is intact."""
+
+    path: Path
+    header: SegmentHeader
+    size: int
+    mtime_ns: int
+
+    @property
+    def full_size(self) -> int:
+        """What the size should be; a smaller file was truncated."""
+        return segment_size(self.header.slots, self.header.stride)
+
+
+def segment_files(folder: Path) -> Iterator[SegmentFile | Path]:
+    """Every segment by name; a bare path for one whose header cannot be read as ours."""
+    for path in sorted(folder.glob(SEGMENT_GLOB)):
+        with path.open("rb") as file:
+            header = SegmentHeader.unpack(file.read(PAGE))
+            stat = os.fstat(file.fileno())
+        yield SegmentFile(path, header, stat.st_size, stat.st_mtime_ns) if header else path
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Blocks that our files in the folder occupy, as `du` counts them, in bytes."""
+    paths = [folder, *(folder / name for name in OUR_FILES), *folder.glob(SEGMENT_GLOB)]
+    paths += [path for pattern in LEFTOVER_GLOBS for path in folder.glob(pattern)]
+    total = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total

@@ -1,0 +1,1 @@
+"""Moving bytes: handles of running transfers, the executor, aligned buffers, and file I/O."""
