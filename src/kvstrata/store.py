@@ -147,9 +147,10 @@ class BlockStore:
 
     # Looking
 
-    def lookup(self, keys: Sequence[BlockKey]) -> PrefixMatch:
+    def lookup(self, keys: Sequence[BlockKey], *, again: bool = False) -> PrefixMatch:
         """Which blocks of a chain are there, root first. A hint: `load` checks again.
 
+        again: the same request has asked before (engines that wait poll); it is not counted twice.
         A tier that is out of service counts as empty. Raises StoreClosedError, LayoutMismatchError.
         """
         self._check_open()
@@ -167,9 +168,10 @@ class BlockStore:
             states = [Lookup.MISS] * len(keys)
         prefix = _prefix(states)
         hits = len(keys) if prefix == len(keys) else states.count(Lookup.HIT)
-        self.telemetry.count("lookups_total")
-        self.telemetry.count("lookup_blocks_total", "hit", by=hits)
-        self.telemetry.count("lookup_blocks_total", "miss", by=len(keys) - hits)
+        if not again:
+            self.telemetry.count("lookups_total")
+            self.telemetry.count("lookup_blocks_total", "hit", by=hits)
+            self.telemetry.count("lookup_blocks_total", "miss", by=len(keys) - hits)
         return PrefixMatch(tuple(keys), prefix, tuple(states))
 
     # Loading

@@ -111,7 +111,7 @@ class MemcpyWorker(OffloadingWorker):
             self._region = None
 
 
-class KVStrataCPUSpec(TieringOffloadingSpec):  # type: ignore[misc]
+class KVStrataCPUSpec(TieringOffloadingSpec):
     """spec_name for --kv-transfer-config where vLLM runs on a CPU."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
@@ -128,8 +128,9 @@ class KVStrataCPUSpec(TieringOffloadingSpec):  # type: ignore[misc]
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
             try:
-                self._worker = MemcpyWorker(kv_caches, self.blocks_per_chunk, region)
+                worker = MemcpyWorker(kv_caches, self.blocks_per_chunk, region)
             except BaseException:
                 region.cleanup()
                 raise
+            self._worker: OffloadingWorker | None = worker
         return self._worker

@@ -44,6 +44,7 @@ class _RequestChain:
 
     number: int
     keys: dict[OffloadKey, BlockKey] = field(default_factory=dict)
+    asked: set[OffloadKey] = field(default_factory=set)
     failed: set[OffloadKey] = field(default_factory=set)
 
 
@@ -61,9 +62,6 @@ class KVStrataTier(SecondaryTierManager):
 
     medium: ClassVar[Medium | None] = Medium.STORAGE
 
-    # vLLM 0.33 may poll for finished jobs off the scheduler's thread, under its manager's lock.
-    tolerates_off_thread_polling = True
-
     def __init__(
         self,
         offloading_spec: Any,
@@ -78,7 +76,8 @@ class KVStrataTier(SecondaryTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         if unknown:
             raise ConfigError(
-                f"secondary_tiers: unknown keys {sorted(unknown)}; KVStrataTier takes config_file or settings"
+                f"secondary_tiers: unknown keys {sorted(unknown)}; KVStrataTier takes config_file, "
+                "settings and locality"
             )
         if (config_file is None) == (settings is None):
             raise ConfigError("secondary_tiers: give KVStrataTier either config_file or settings")
@@ -110,7 +109,7 @@ class KVStrataTier(SecondaryTierManager):
             log.info("kvstrata: tier %s: %d blocks found", tier.name, tier.blocks)
 
     def _chain(self, context: ReqContext) -> _RequestChain:
-        chain = context.get_state(_RequestChain)
+        chain: _RequestChain | None = context.get_state(_RequestChain)
         if chain is None:
             chain = _RequestChain(self.store.new_request())
             context.set_state(chain)
@@ -132,7 +131,9 @@ class KVStrataTier(SecondaryTierManager):
         chain = self._chain(req_context)
         if key in chain.failed:
             return LookupResult.MISS
-        match = self.store.lookup(self._wrap([key], chain))
+        asked = key in chain.asked
+        chain.asked.add(key)
+        match = self.store.lookup(self._wrap([key], chain), again=asked)
         return LookupResult.HIT if match.blocks else LookupResult.MISS
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
@@ -202,9 +203,6 @@ class KVStrataTier(SecondaryTierManager):
             while not (job.transfer.wait(1.0) and job.transfer.wait_released(1.0)):
                 pass
         self._quarantine.wait()
-
-    def on_reset_flushed(self) -> None:
-        """vLLM 0.33 reports that a reset is through; nothing of ours depends on it."""
 
     def shutdown(self) -> None:
         self.store.close()

