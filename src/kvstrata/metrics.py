@@ -57,6 +57,10 @@ class StoreCollector(Collector):
             "io_threads": settings.io_threads,
             "io_store_threads": settings.io_store_threads,
             "io_deadline_seconds": settings.io_deadline_seconds,
+            "throttle_seconds": settings.throttle_seconds,
+            "breaker_failures": settings.breaker_failures,
+            "breaker_retry_seconds": settings.breaker_retry_seconds,
+            "close_seconds": settings.close_seconds,
             "events": settings.events,
         }
         family = GaugeMetricFamily(PREFIX + "bound", "Configured bounds", labels=["name"])

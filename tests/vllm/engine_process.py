@@ -153,10 +153,10 @@ def damage(arguments: dict[str, Any]) -> dict[str, Any]:
         its_toml = toml.with_name(f"{kind}.toml")
         its_toml.write_text(toml.read_text().replace(str(pristine), str(copy)))
         results[kind] = served(arguments | {"toml": str(its_toml)})
-    # Negative control: with the check switched off, flipped bytes must show in the replies.
+    # Negative control: with the check switched off, zeroed bytes must show in the replies.
     copy = pristine.with_name(f"{pristine.name}-control")
     shutil.copytree(pristine, copy)
-    flipped_payload(copy)
+    zeroed(copy)
     its_toml = toml.with_name("control.toml")
     its_toml.write_text(toml.read_text().replace(str(pristine), str(copy)))
     check = NvmeTier._check

@@ -26,6 +26,7 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
+KVSTRATA = str(Path(sys.executable).with_name("kvstrata"))
 PROMPT_LENGTHS = (700, 500, 321, 64)
 SHARED_TOKENS = 256
 
@@ -187,7 +188,7 @@ def test_damage_of_every_kind_is_a_counted_miss_with_the_right_reply(
         not np.allclose(ours["logprobs"], theirs["logprobs"], rtol=0, atol=1e-4)
         for ours, theirs in zip(control["answers"], filled["plain"]["answers"], strict=True)
     ]
-    assert any(wrong), "flipped bytes without a check went unseen: this test proves nothing"
+    assert any(wrong), "zeroed bytes without a check went unseen: this test proves nothing"
 
 
 def test_errors_and_hangs_of_the_disk_are_misses_and_the_tier_comes_back(
@@ -221,7 +222,7 @@ class Server:
 
     def __init__(self, model: Path, toml: Path, folder: Path) -> None:
         transfer = subprocess.run(
-            [sys.executable, "-m", "kvstrata.cli.app", "vllm-config", "--config", str(toml), "--cpu"],
+            [KVSTRATA, "vllm-config", "--config", str(toml), "--cpu"],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         self.port = free_port()
@@ -286,7 +287,7 @@ def test_the_server_gets_its_prefix_back_after_a_restart(
             server.wait_ready()
             replies.append(server.complete(model, prompts[0]))
             stats = subprocess.run(
-                [sys.executable, "-m", "kvstrata.cli.app", "stats", "--config", str(toml), "--json"],
+                [KVSTRATA, "stats", "--config", str(toml), "--json"],
                 capture_output=True, text=True, check=True,
             ).stdout  # fmt: skip
             assert json.loads(stats)

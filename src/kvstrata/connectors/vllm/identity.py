@@ -72,16 +72,18 @@ def engine_namespace(offloading_config: Any, row_bytes: int, revision: str, salt
 def weights_fingerprint(model: str) -> str:
     """A digest of the model's config.json, and of sizes, heads and samples of its weight files.
 
-    model: a folder, or a name whose snapshot lies in the Hugging Face cache. Every file gives its size,
+    model: a folder, or a name of which one revision lies in the Hugging Face cache. Every file gives its size,
     its first 1 MiB (the whole header of a safetensors file) and 256 blocks of 4 KiB spread over it.
     Raises ConfigError if there is nothing to look at.
     """
-    folder = Path(model) if Path(model).is_dir() else _cached_snapshot(model)
-    if folder is None:
+    folders = [Path(model)] if Path(model).is_dir() else _cached_snapshots(model)
+    if len(folders) != 1:
+        seen = f"{len(folders)} revisions of" if folders else "none of"
         raise ConfigError(
-            f"cannot see the weights of {model!r}, so blocks of another model could not be told apart; "
+            f"{seen} the weights of {model!r} can be seen, so blocks of others could not be told apart; "
             "set vllm.model_revision in the kvstrata config to a word that changes with the weights"
         )
+    folder = folders[0]
     digest = blake3()
     found = False
     for path in sorted(_identity_files(folder)):
@@ -97,17 +99,15 @@ def weights_fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def _cached_snapshot(model: str) -> Path | None:
+def _cached_snapshots(model: str) -> list[Path]:
+    """Every revision of a model that lies in the Hugging Face cache: vLLM does not tell which it loaded."""
     try:
-        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
-        from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+        from huggingface_hub import constants  # noqa: PLC0415
+        from huggingface_hub.file_download import repo_folder_name  # noqa: PLC0415
     except ImportError:
-        return None
-    try:
-        path = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:
-        return None
-    return Path(path).parent if isinstance(path, str) else None
+        return []
+    name = repo_folder_name(repo_id=model, repo_type="model")
+    return sorted(Path(constants.HF_HUB_CACHE, name, "snapshots").glob("*/"))
 
 
 def _identity_files(folder: Path) -> Iterator[Path]:
