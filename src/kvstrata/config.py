@@ -24,6 +24,10 @@ Sync = Literal["flush", "always"]
 Verify = Literal["always", "never"]
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+SIZE_LIMIT = 2**63
+"""No file system addresses more."""
+NUMBER_LIMIT = 10**9
+"""Of times in seconds: waiting for longer, or for nan, is an error of its own in the system."""
 _UNITS = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15,
@@ -34,13 +38,16 @@ _UNITS = {
 def parse_size(text: str | int) -> int:
     """Bytes of "4096", "64 KiB", "1.5GB". Raises ValueError for anything else."""
     if isinstance(text, int):
-        if text < 0:
-            raise ValueError("a size cannot be negative")
+        if not 0 <= text < SIZE_LIMIT:
+            raise ValueError(f"a size must be from 0 to {SIZE_LIMIT - 1} bytes")
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
         raise ValueError(f'{text!r} is not a size; write for example 1073741824 or "1GiB"')
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size >= SIZE_LIMIT:
+        raise ValueError(f"a size must be from 0 to {SIZE_LIMIT - 1} bytes")
+    return int(size)
 
 
 def format_size(size: float) -> str:
@@ -146,8 +153,10 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and numbers of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
     return parse_config(data, source=str(path))
 
 
@@ -180,7 +189,7 @@ def _tier(raw: Any, where: str, source: str) -> TierConfig:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{source}: {where}: must be a table")
     kind = raw.get("type")
-    if kind not in _TIER_TYPES:
+    if not isinstance(kind, str) or kind not in _TIER_TYPES:
         nearest = _nearest(str(kind), list(_TIER_TYPES))
         raise ConfigError(
             f"{source}: {where}.type: {kind!r} is not a tier; known: {', '.join(_TIER_TYPES)}{nearest}"
@@ -214,7 +223,9 @@ def _value(value: Any, hint: Any, key: str, where: str) -> Any:
             nearest = _nearest(str(value), list(choices))
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}{nearest}")
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) < NUMBER_LIMIT:
+            raise ConfigError(f"{where}: {value!r} is not a number below {NUMBER_LIMIT}")
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
@@ -271,7 +282,11 @@ def _check(config: Config, source: str) -> None:
         if isinstance(tier, NvmeTierConfig):
             require(bool(tier.path), f"{where}.path", "is missing; name the tier's folder")
             require(tier.segment_bytes >= MIB, f"{where}.segment_bytes", "must be at least 1 MiB")
-            folder = Path(tier.path).expanduser().absolute()
+            require("\0" not in tier.path, f"{where}.path", "cannot hold a NUL character")
+            try:
+                folder = Path(tier.path).expanduser().absolute()
+            except RuntimeError:
+                raise ConfigError(f"{source}: {where}.path: {tier.path!r}: no such user") from None
             require(folder not in paths, f"{where}.path", f"{folder} is already used by another tier")
             paths.add(folder)
     kinds = [tier.type for tier in config.tiers]

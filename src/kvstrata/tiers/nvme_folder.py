@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from kvstrata.tiers.nvme_format import (
     SEGMENT_GLOB,
     VERSION,
     SegmentHeader,
+    segment_name,
     segment_size,
 )
 from kvstrata.transfer.buffers import PAGE
@@ -32,6 +34,20 @@ from kvstrata.transfer.file_io import FileIO
 OUR_FILES = (LOCK_FILE, MARKER_FILE, NAMESPACES_FILE, INDEX_FILE)
 LEFTOVER_GLOBS = ("*.tmp", "*.probe")
 NAMESPACES_BYTES = 24 * 1024
+CLAIM_SECONDS = 0.1
+"""How long a process tries to take the folder before it gives up."""
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _drop_all() -> None:
+    for lock in list(_held):
+        lock._drop()
+
+
+# A forked child inherits the descriptors and with them the locks: they must not outlive their owner.
+os.register_at_fork(after_in_child=_drop_all)
 
 
 class FolderLock:
@@ -41,7 +57,7 @@ class FolderLock:
         """Raises FolderLockedError naming the holder, or OSError."""
         self._fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._claim()
         except BlockingIOError:
             holder = describe_holder(folder) or "a process that left no name"
             os.close(self._fd)
@@ -52,20 +68,29 @@ class FolderLock:
         except BaseException:
             os.close(self._fd)
             raise
-        # A forked child inherits the descriptor and with it the lock: it must not outlive its parent.
-        os.register_at_fork(after_in_child=self._drop)
+        _held.add(self)
         me = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "command": " ".join(sys.argv)[:200],
             "since_unix": int(time.time()),
         }
-        try:
+        # The lock holds without its name, which a full disk may not take.
+        with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps(me).encode(), 0)
-        except BaseException:
-            self.release()
-            raise
+
+    def _claim(self) -> None:
+        """Whoever asks `is_locked` holds the lock for a moment: that must not look like an owner."""
+        until = time.monotonic() + CLAIM_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(CLAIM_SECONDS / 10)
 
     def _drop(self) -> None:
         if self._fd >= 0:
@@ -89,10 +114,10 @@ def describe_holder(folder: Path) -> str:
 
 
 def is_locked(folder: Path) -> bool:
-    """Does a process own the folder now? Asks without taking it."""
+    """Does a process own the folder now? Asks without keeping it. Raises OSError if it cannot ask."""
     try:
         fd = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -165,12 +190,18 @@ class SegmentFile:
 
 
 def segment_files(folder: Path) -> Iterator[SegmentFile | Path]:
-    """Every segment by name; a bare path for one whose header cannot be read as ours."""
+    """Every segment by name; a bare path for one whose header is not intact or says another name."""
     for path in sorted(folder.glob(SEGMENT_GLOB)):
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue  # removed by the folder's owner since it was listed
+        with file:
             header = SegmentHeader.unpack(file.read(PAGE))
             stat = os.fstat(file.fileno())
-        yield SegmentFile(path, header, stat.st_size, stat.st_mtime_ns) if header else path
+        # A copy under another name would be a second segment of the same id.
+        ours = header is not None and path.name == segment_name(header.segment_id)
+        yield SegmentFile(path, header, stat.st_size, stat.st_mtime_ns) if header and ours else path
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -58,7 +58,9 @@ def scan_segment(
         page = Arena(PAGE)
         found = []
         for number in range(first, min(first + SLOTS_PER_TASK, header.slots)):
-            read = io.read(fd, [page.view], slot_offset(number, header.stride))
+            offset = slot_offset(number, header.stride)
+            # O_DIRECT answers an error, not a short read, where a file ends at an odd place.
+            read = io.read(fd, [page.view], offset) if offset + PAGE <= segment.size else 0
             found.append(judge_slot(page.view, read, header.segment_id, number))
         page.close()
         return found
@@ -67,5 +69,5 @@ def scan_segment(
         yield from found
 
 
-ProgressHook = Callable[[int], None]
-"""Told how many slots or blocks were done since it was last told."""
+ProgressHook = Callable[[int, int], None]
+"""Told now and then how many slots are done, and how many there are."""

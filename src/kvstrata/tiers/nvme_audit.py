@@ -1,0 +1,203 @@
+"""What lies in a folder of the nvme tier, seen from outside a store: read only, without the lock.
+
+Not the tier: the block size need not be known, nothing is written, and a process may be using the folder.
+What is counted is what slot headers say. A block that its store has forgotten keeps its header until the
+slot is written again, so the store may hold fewer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kvstrata.errors import ConfigError
+from kvstrata.table import unix_ms
+from kvstrata.tiers.nvme_folder import (
+    SegmentFile,
+    bytes_on_disk,
+    check_format,
+    describe_holder,
+    is_locked,
+    read_namespaces,
+    segment_files,
+)
+from kvstrata.tiers.nvme_format import FORMAT, INDEX_FILE, MARKER_FILE, VERSION, IndexFile, SlotHeader
+from kvstrata.tiers.nvme_scan import SLOTS_PER_TASK, ProgressHook, SlotState, scan_segment
+from kvstrata.transfer.buffers import PAGE
+from kvstrata.transfer.file_io import FileIO
+
+THREADS = 8
+
+
+class IndexState(Enum):
+    """What there is of the index that a clean close leaves."""
+
+    ABSENT = "absent"
+    """A process owns the folder, or the last one ended without closing it."""
+    INTACT = "intact"
+    DAMAGED = "damaged"
+
+
+@dataclass(slots=True)
+class NamespaceSummary:
+    """Blocks of one namespace. fields: what people know of it, empty if nobody wrote it down."""
+
+    digest: str
+    fields: dict[str, Any]
+    blocks: int = 0
+    payload_bytes: int = 0
+    expired_blocks: int = 0
+    oldest_ms: int = 0
+    newest_ms: int = 0
+
+    def add(self, header: SlotHeader, now_ms: int) -> None:
+        self.oldest_ms = min(self.oldest_ms, header.created_ms) if self.blocks else header.created_ms
+        self.newest_ms = max(self.newest_ms, header.created_ms)
+        self.blocks += 1
+        self.payload_bytes += header.length
+        self.expired_blocks += bool(header.expires_ms and header.expires_ms <= now_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSummary:
+    """One segment file. slot_bytes: payload that a slot has room for, the block size in whole pages."""
+
+    name: str
+    slot_bytes: int
+    slots: int
+    file_bytes: int
+    full_bytes: int
+    states: Counter[SlotState]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSummary:
+    """The whole folder. in_use: by a process, before or after the reading. holder: its own words.
+
+    unreadable: segment files whose header is not intact, or names another file.
+    """
+
+    format: str
+    version: int
+    in_use: bool
+    holder: str
+    index: IndexState
+    index_blocks: int
+    segments: list[SegmentSummary]
+    unreadable: list[str]
+    namespaces: list[NamespaceSummary]
+    bytes_on_disk: int
+    unix_ms: int
+    seconds: float
+    states: Counter[SlotState] = field(default_factory=Counter)
+
+
+def require_folder(folder: Path) -> None:
+    """Raises ConfigError if this is no folder of the nvme tier, FormatVersionError, OSError."""
+    advice = "name the path of the nvme tier in your configuration"
+    if not folder.exists():
+        raise ConfigError(f"{folder}: no such folder; {advice}")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; {advice}")
+    if not check_format(folder):
+        raise ConfigError(f"{folder} is not a kvstrata folder, it holds no {MARKER_FILE}; {advice}")
+
+
+def read_index(folder: Path) -> tuple[IndexState, IndexFile | None]:
+    """The index of the last clean close. Raises OSError."""
+    try:
+        index = IndexFile.unpack((folder / INDEX_FILE).read_bytes())
+    except FileNotFoundError:
+        return IndexState.ABSENT, None
+    return (IndexState.INTACT if index else IndexState.DAMAGED), index
+
+
+def summarize_folder(folder: Path, progress: ProgressHook, io: FileIO | None = None) -> FolderSummary:
+    """Read every slot header. Raises ConfigError, FormatVersionError and OSError."""
+    started = time.monotonic()
+    io = io or FileIO()
+    require_folder(folder)
+    in_use = is_locked(folder)
+    index_state, index = read_index(folder)
+    fields = read_namespaces(folder)
+    namespaces = {digest: NamespaceSummary(digest, known) for digest, known in fields.items()}
+    found = list(segment_files(folder))
+    files = [file for file in found if isinstance(file, SegmentFile)]
+    total, done, now = sum(file.header.slots for file in files), 0, unix_ms()
+    segments = []
+    with ThreadPoolExecutor(THREADS, "kvstrata-audit") as pool:
+        for file in files:
+            states = _count_slots(io, file, pool, namespaces, now, partial(_report, progress, done, total))
+            done += file.header.slots
+            if states is not None:
+                segments.append(_summarize(file, states))
+    in_use = in_use or is_locked(folder)
+    return FolderSummary(
+        format=FORMAT,
+        version=VERSION,
+        in_use=in_use,
+        holder=describe_holder(folder) if in_use else "",
+        index=index_state,
+        index_blocks=len(index.entries) if index else 0,
+        segments=segments,
+        unreadable=[path.name for path in found if isinstance(path, Path)],
+        namespaces=list(namespaces.values()),
+        bytes_on_disk=bytes_on_disk(folder),
+        unix_ms=now,
+        seconds=time.monotonic() - started,
+        states=sum((segment.states for segment in segments), Counter()),
+    )
+
+
+def _count_slots(
+    io: FileIO,
+    file: SegmentFile,
+    pool: ThreadPoolExecutor,
+    namespaces: dict[str, NamespaceSummary],
+    now: int,
+    progress: Callable[[int], None],
+) -> Counter[SlotState] | None:
+    """None if the folder's owner has removed the file since it was listed."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    states: Counter[SlotState] = Counter()
+    try:
+        # One page in every slot is wanted: reading ahead would read the payloads too.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for slot in scan_segment(io, fd, file, pool):
+            states[slot.state] += 1
+            if slot.state is SlotState.USED and slot.header is not None:
+                digest = slot.header.namespace.hex()
+                if digest not in namespaces:
+                    namespaces[digest] = NamespaceSummary(digest, {})
+                namespaces[digest].add(slot.header, now)
+            if slot.number % SLOTS_PER_TASK == 0:
+                progress(slot.number)
+    finally:
+        os.close(fd)
+    return states
+
+
+def _report(progress: ProgressHook, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _summarize(file: SegmentFile, states: Counter[SlotState]) -> SegmentSummary:
+    return SegmentSummary(
+        name=file.path.name,
+        slot_bytes=file.header.stride - PAGE,
+        slots=file.header.slots,
+        file_bytes=file.size,
+        full_bytes=file.full_size,
+        states=states,
+    )

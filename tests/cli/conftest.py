@@ -1,0 +1,28 @@
+"""Fixtures of the command line's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_kit import Folder, make_folder
+from typer.testing import CliRunner, Result
+
+from kvstrata.cli.app import app
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Forty blocks after a clean close."""
+    return make_folder(tmp_path / "kv")
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """The command line in this process."""
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return call
