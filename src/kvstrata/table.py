@@ -288,7 +288,7 @@ class BlockTable:
             self._checksum[index] = checksum
             self._resident[placement.key] = index
             if placement.expires_ms:
-                heapq.heappush(self._expiry, (placement.expires_ms, placement.sequence, index))
+                self._expect_expiry(index)
             self._unpin(index)
 
     def abort(self, placement: Placement) -> None:
@@ -326,6 +326,15 @@ class BlockTable:
             del self._ids[key]
         self._forget(index)
         self._state[index] = DOOMED
+
+    def _expect_expiry(self, index: int) -> None:
+        """Note when a resident block will expire; bounded by what is resident, not by what ever was."""
+        entry = (int(self._expires_ms[index]), int(self._sequence[index]), index)
+        heapq.heappush(self._expiry, entry)
+        if len(self._expiry) > 2 * self.slots + 64:
+            live = np.flatnonzero((self._state == RESIDENT) & (self._expires_ms > 0))
+            times, sequences = self._expires_ms[live].tolist(), self._sequence[live].tolist()
+            self._expiry = sorted(zip(times, sequences, live.tolist(), strict=True))
 
     def _expire(self) -> None:
         if not self._expiry or self._expiry[0][0] > self._clock_ms():
@@ -399,7 +408,7 @@ class BlockTable:
                 self._resident[entry.key] = index
                 taken.add(entry.slot)
                 if entry.expires_ms:
-                    heapq.heappush(self._expiry, (entry.expires_ms, entry.sequence, index))
+                    self._expect_expiry(index)
                 self._next_sequence = max(self._next_sequence, entry.sequence + 1)
             self._free_slots = [slot for slot in self._free_slots if slot not in taken]
             return len(taken)

@@ -28,6 +28,7 @@ from kvstrata.policies.lists import (
 )
 
 T1, T2, B1, B2 = 1, 2, 3, 4
+NAMED = -1  # in `where` while a call makes its list of forgotten ids
 CAPACITY = 0  # state[1..4]: bytes in T1, T2, B1, B2
 
 Floats = NDArray[np.float64]
@@ -136,7 +137,17 @@ def _access(
         gone = _forget_coldest(B1, prev, nxt, where, state, sizes, forgotten, gone)
     while state[B2] > 0 and state[T1] + state[T2] + state[B1] + state[B2] > 2 * capacity:
         gone = _forget_coldest(B2, prev, nxt, where, state, sizes, forgotten, gone)
-    return out, gone
+    # A ghost of this very request may have been forgotten and have come in again, even twice.
+    kept = 0
+    for entry in range(gone):
+        index = forgotten[entry]
+        if where[index] == 0:
+            where[index] = NAMED
+            forgotten[kept] = index
+            kept += 1
+    for entry in range(kept):
+        where[forgotten[entry]] = 0
+    return out, kept
 
 
 @kernel

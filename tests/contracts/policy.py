@@ -1,0 +1,246 @@
+"""What every eviction policy promises, checked from outside after every single call.
+
+A test subclasses `PolicyContract`; the real one is parametrised over `kvstrata.policies.POLICIES`, so
+that a new policy is covered without a new file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstrata.policies import Policy, make_policy
+from reference.policy import Answer
+
+MAX_IDS = 24
+
+
+@dataclass
+class Call:
+    """One call of a random stream, drawn before it is known what is resident."""
+
+    kind: str
+    ids: list[int] = field(default_factory=list)
+    admit: list[bool] = field(default_factory=list)
+    same_request: bool = False
+    capacity: int = 0
+
+
+def calls(max_capacity: int, ids: int = MAX_IDS) -> st.SearchStrategy[list[Call]]:
+    """Streams of every kind of call, mostly requests."""
+    some = st.lists(st.integers(0, ids - 1), unique=True, max_size=8)
+    access = st.builds(
+        lambda chain, mask, same: Call("access", chain, mask[: len(chain)], same),
+        some,
+        st.one_of(st.just([True] * 8), st.lists(st.booleans(), min_size=8, max_size=8)),
+        st.booleans(),
+    )
+    return st.lists(
+        st.one_of(
+            access,
+            access,
+            access,
+            st.builds(lambda chain: Call("remove", chain), some),
+            st.builds(lambda size: Call("resize", capacity=size), st.integers(0, max_capacity)),
+            st.builds(lambda chain: Call("pin", chain), some),
+            st.builds(lambda chain: Call("unpin", chain), some),
+        ),
+        max_size=60,
+    )
+
+
+class CheckedPolicy:
+    """A policy with its owner's arrays; every call is checked against the contract, then answered."""
+
+    def __init__(self, name: str, max_ids: int, capacity: int, sizes: Sequence[int]) -> None:
+        self.policy: Policy = make_policy(name, max_ids, capacity)
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.pins = np.zeros(max_ids, dtype=np.int32)
+        self.request = 0
+
+    def residents(self) -> set[int]:
+        return {index for index in range(self.policy.max_ids) if self.policy.resident(index)}
+
+    def known(self) -> set[int]:
+        return set(np.flatnonzero(self.policy.where).tolist())
+
+    def pinned(self) -> set[int]:
+        return set(np.flatnonzero(self.pins).tolist())
+
+    def weight(self, ids: set[int]) -> int:
+        return sum(int(self.sizes[index]) for index in ids)
+
+    def pin(self, ids: Sequence[int]) -> None:
+        """As a table does: what is resident only."""
+        for index in ids:
+            if self.policy.resident(index):
+                self.pins[index] += 1
+
+    def unpin(self, ids: Sequence[int]) -> None:
+        for index in ids:
+            if self.pins[index]:
+                self.pins[index] -= 1
+
+    def access(self, ids: Sequence[int], admit: Sequence[bool], *, same_request: bool = False) -> Answer:
+        self.request += not same_request
+        before, known, pins = self.residents(), self.known(), self.pins.copy()
+        hit, evicted, forgotten = self.policy.access(
+            np.array(ids, dtype=np.int64),
+            np.array(admit, dtype=np.bool_),
+            self.sizes,
+            self.pins,
+            self.request,
+        )
+        answer = Answer(hit.tolist(), evicted.tolist(), forgotten.tolist())
+        assert answer.hits == [index in before for index in ids]
+        assert np.array_equal(self.pins, pins), "the owner's pins were changed"
+        admitted = {index for index, may in zip(ids, admit, strict=True) if may}
+        self._check(before, known, admitted, answer)
+        assert self.policy.used_bytes <= max(self.policy.capacity_bytes, self.weight(before))
+        return answer
+
+    def resize(self, capacity: int) -> Answer:
+        before, known = self.residents(), self.known()
+        evicted, forgotten = self.policy.resize(capacity, self.sizes, self.pins)
+        answer = Answer([], evicted.tolist(), forgotten.tolist())
+        self._check(before, known, set(), answer)
+        assert self.policy.capacity_bytes == capacity
+        assert self.policy.used_bytes <= max(capacity, self.weight(self.pinned()))
+        return answer
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """An owner that removes a pinned block gives its id back only later: here it drops the pins."""
+        before, known = self.residents(), self.known()
+        self.pins[list(ids)] = 0
+        self.policy.remove(np.array(ids, dtype=np.int64), self.sizes)
+        assert self.residents() == before - set(ids)
+        assert self.known() == known - set(ids)
+        self._check_listed()
+
+    def _check(self, before: set[int], known: set[int], admitted: set[int], answer: Answer) -> None:
+        after, known_after = self.residents(), self.known()
+        evicted, forgotten = set(answer.evicted), set(answer.forgotten)
+        assert len(evicted) == len(answer.evicted), "an id was evicted twice"
+        assert len(forgotten) == len(answer.forgotten), "an id was forgotten twice"
+        assert not evicted & self.pinned(), "a pinned id was evicted"
+        assert not evicted & after, "an evicted id is still resident"
+        assert before - after <= evicted, "an id left without a word"
+        assert evicted <= before | admitted
+        assert after - before <= admitted, "an id came in that was not admitted"
+        assert not forgotten & known_after, "a forgotten id is still known"
+        assert known - known_after <= forgotten, "an id was lost"
+        assert known_after - known <= admitted
+        self._check_listed()
+
+    def _check_listed(self) -> None:
+        residents = self.residents()
+        order = self.policy.order().tolist()
+        assert len(order) == len(set(order)), "an id is listed twice"
+        assert set(order) == residents
+        assert residents <= self.known()
+        assert self.policy.used_bytes == self.weight(residents)
+
+    def run(self, stream: Sequence[Call]) -> None:
+        for call in stream:
+            if call.kind == "access":
+                self.access(call.ids, call.admit, same_request=call.same_request)
+            elif call.kind == "remove":
+                self.remove(call.ids)
+            elif call.kind == "resize":
+                self.resize(call.capacity)
+            elif call.kind == "pin":
+                self.pin(call.ids)
+            else:
+                self.unpin(call.ids)
+
+
+class PolicyContract:
+    """Subclasses give the `name` fixture."""
+
+    @pytest.fixture
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @given(stream=calls(40), capacity=st.integers(0, 40), data=st.data())
+    def test_every_call_keeps_the_contract(
+        self, name: str, stream: list[Call], capacity: int, data: st.DataObject
+    ) -> None:
+        sizes = data.draw(
+            st.one_of(
+                st.just([1] * MAX_IDS),
+                st.lists(st.integers(1, 9), min_size=MAX_IDS, max_size=MAX_IDS),
+            )
+        )
+        CheckedPolicy(name, MAX_IDS, capacity, sizes).run(stream)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_long_streams_keep_the_contract(self, name: str, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        ids = 60
+        checked = CheckedPolicy(name, ids, 40, rng.integers(1, 4, ids).tolist())
+        checked.run(random_calls(rng, ids, 60, 600))
+
+    def test_room_is_used(self, name: str) -> None:
+        checked = CheckedPolicy(name, 8, 4, [1] * 8)
+        answer = checked.access([0, 1, 2, 3], [True] * 4)
+        assert answer == Answer([False] * 4, [], [])
+        assert checked.residents() == {0, 1, 2, 3}
+        assert checked.access([0, 1, 2, 3], [True] * 4).hits == [True] * 4
+
+    def test_what_may_not_come_in_stays_out(self, name: str) -> None:
+        checked = CheckedPolicy(name, 8, 4, [1] * 8)
+        checked.access([0, 1, 2], [False, True, False])
+        assert checked.residents() == {1}
+
+    def test_nothing_fits_beside_pins(self, name: str) -> None:
+        checked = CheckedPolicy(name, 8, 2, [1] * 8)
+        checked.access([0, 1], [True] * 2)
+        checked.pin([0, 1])
+        assert checked.access([2, 3], [True] * 2).evicted == []
+        assert checked.residents() == {0, 1}
+        checked.unpin([0])
+        checked.access([4], [True])
+        assert 1 in checked.residents()
+
+    def test_an_id_larger_than_the_cache_evicts_nobody(self, name: str) -> None:
+        checked = CheckedPolicy(name, 4, 3, [1, 1, 4, 1])
+        checked.access([0, 1], [True] * 2)
+        assert checked.access([2], [True]).evicted == []
+        assert checked.residents() == {0, 1}
+
+    def test_no_capacity_holds_nothing(self, name: str) -> None:
+        checked = CheckedPolicy(name, 4, 0, [1] * 4)
+        checked.access([0, 1, 2], [True] * 3)
+        assert checked.residents() == set()
+
+    def test_a_request_does_not_evict_what_it_hit(self, name: str) -> None:
+        checked = CheckedPolicy(name, 12, 4, [1] * 12)
+        checked.access([0, 1], [True] * 2)
+        checked.access([8, 9], [True] * 2)
+        answer = checked.access([0, 1, 2, 3], [True] * 4)
+        assert answer.hits == [True, True, False, False]
+        assert {0, 1} <= checked.residents()
+
+
+def random_calls(rng: np.random.Generator, ids: int, max_capacity: int, count: int) -> list[Call]:
+    """A seeded stream: popular chains, and now and then something else than a request."""
+    stream = []
+    for _ in range(count):
+        kind = rng.choice(["access", "remove", "resize", "pin", "unpin"], p=[0.78, 0.04, 0.02, 0.06, 0.1])
+        first = int(rng.zipf(1.4)) % ids
+        chain = [(first + step) % ids for step in range(int(rng.integers(0, 10)))]
+        stream.append(
+            Call(
+                str(kind),
+                chain,
+                [True] * len(chain) if rng.random() < 0.7 else (rng.random(len(chain)) < 0.6).tolist(),
+                bool(rng.random() < 0.2),
+                int(rng.integers(max_capacity // 2, max_capacity)),
+            )
+        )
+    return stream
