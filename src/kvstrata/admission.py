@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from enum import Enum
+from itertools import accumulate
 
 from kvstrata.config import FullQueue
 
@@ -21,7 +23,8 @@ class Admission(Enum):
 class AdmissionGate:
     """Bounds what saves may hold at a time: blocks and bytes between save() and the end of their write.
 
-    When full, a save is rejected at once ("drop") or waits at most throttle_seconds first ("throttle").
+    When full, what does not fit is rejected at once ("drop"), or waits at most throttle_seconds first
+    ("throttle").
     """
 
     def __init__(
@@ -34,31 +37,37 @@ class AdmissionGate:
         self._blocks = 0
         self._bytes = 0
 
-    def enter(self, blocks: int, size: int) -> Admission:
-        """Take room for a batch, all or nothing. Every ADMIT or THROTTLE must be followed by `leave`."""
+    def enter(self, sizes: Sequence[int]) -> tuple[Admission, int]:
+        """Take room for as many blocks of a batch as fit, from the front: the root is worth most.
+
+        sizes: bytes of each block. Returns the verdict and how many blocks came in, each of which must
+        `leave`; REJECT means none did. THROTTLE: it was waited for, whether or not all came in then.
+        """
         with self._room:
-            if self._fits(blocks, size):
-                verdict = Admission.ADMIT
-            elif self._wait(blocks, size):
+            verdict = Admission.ADMIT
+            if self._fitting(sizes) < len(sizes) and self._throttle_seconds > 0:
+                self._wait(sizes)
                 verdict = Admission.THROTTLE
-            else:
-                return Admission.REJECT
-            self._blocks += blocks
-            self._bytes += size
-            return verdict
+            count = self._fitting(sizes)
+            if sizes and not count:
+                return Admission.REJECT, 0
+            self._blocks += count
+            self._bytes += sum(sizes[:count])
+            return verdict, count
 
-    def _fits(self, blocks: int, size: int) -> bool:
-        return self._blocks + blocks <= self.max_blocks and self._bytes + size <= self.max_bytes
+    def _fitting(self, sizes: Sequence[int]) -> int:
+        room = self.max_bytes - self._bytes
+        within = sum(total <= room for total in accumulate(sizes))
+        return min(within, self.max_blocks - self._blocks)
 
-    def _wait(self, blocks: int, size: int) -> bool:
-        if blocks > self.max_blocks or size > self.max_bytes:
-            return False
+    def _wait(self, sizes: Sequence[int]) -> None:
+        """Until the batch fits, or as much of it as ever can, or the time is up."""
+        possible = min(sum(total <= self.max_bytes for total in accumulate(sizes)), self.max_blocks)
         deadline = time.monotonic() + self._throttle_seconds
-        while not self._fits(blocks, size):
+        while possible and self._fitting(sizes) < possible:
             left = deadline - time.monotonic()
             if left <= 0 or not self._room.wait(left):
-                return self._fits(blocks, size)
-        return True
+                return
 
     def leave(self, blocks: int, size: int) -> None:
         with self._room:

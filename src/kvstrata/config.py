@@ -26,6 +26,9 @@ Verify = Literal["always", "never"]
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 SIZE_LIMIT = 2**63
 """No file system addresses more."""
+COUNT_LIMIT = SIZE_LIMIT - 1
+BATCH_LIMIT = 2**20
+"""Tables keep that many ids beside those of their slots."""
 NUMBER_LIMIT = 10**9
 """Of times in seconds: waiting for longer, or for nan, is an error of its own in the system."""
 _UNITS = {
@@ -267,7 +270,10 @@ def _check(config: Config, source: str) -> None:
         "breaker_failures",
         "events",
     ):
-        require(getattr(store, name) >= 1, f"store.{name}", "must be at least 1")
+        require(
+            1 <= getattr(store, name) <= COUNT_LIMIT, f"store.{name}", f"must be from 1 to {COUNT_LIMIT}"
+        )
+    require(store.batch_blocks <= BATCH_LIMIT, "store.batch_blocks", f"must be from 1 to {BATCH_LIMIT}")
     for name in ("throttle_seconds", "breaker_retry_seconds", "close_seconds"):
         require(getattr(store, name) >= 0, f"store.{name}", "cannot be negative")
     require(0 <= config.metrics.port <= 65535, "metrics.port", "must be from 0 to 65535")

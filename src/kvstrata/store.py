@@ -15,15 +15,17 @@ import errno
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import xxhash
 
 from kvstrata.admission import Admission, AdmissionGate
-from kvstrata.config import Config, MemoryTierConfig
+from kvstrata.config import Config, MemoryTierConfig, format_size
 from kvstrata.errors import (
     BlockCorruptError,
     ConfigError,
@@ -47,6 +49,9 @@ log = logging.getLogger(__name__)
 
 Buffer = memoryview | bytearray | bytes
 T = TypeVar("T")
+
+CLOSE_SECONDS_LEAST = 1.0
+"""What a tier gets to keep its index, however long the queue took to empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,11 @@ class BlockStore:
     ) -> None:
         if not config.tiers:
             raise ConfigError("no tier is configured; add a [[tier]] table")
+        if config.store.queue_bytes < layout.block_bytes:
+            raise ConfigError(
+                f"store.queue_bytes {format_size(config.store.queue_bytes)} is below one block of "
+                f"{format_size(layout.block_bytes)}, so nothing could ever be saved; raise it"
+            )
         self.config = config
         self.layout = layout
         self.namespace = namespace
@@ -91,6 +101,8 @@ class BlockStore:
         self._requests = itertools.count(1)
         self._closed = False
         self._close_lock = threading.Lock()
+        self._reopen_lock = threading.Lock()
+        self._flush_lock = threading.Lock()
         self._reports: dict[str, OpenReport] = {}
         settings = config.store
         io = file_io or FileIO()
@@ -108,7 +120,11 @@ class BlockStore:
             settings.full_queue,
             settings.throttle_seconds,
         )
-        self._executor = TransferExecutor(settings.io_threads, settings.io_store_threads)
+        # A lane per tier: threads that hang in one medium leave the other tiers theirs.
+        self._lanes = [
+            TransferExecutor(settings.io_threads, settings.io_store_threads, f"kvstrata-{tier.name}")
+            for tier in self._tiers
+        ]
         self._memory, self._promote, self._through = self._memory_role()
         self._write_back = self._make_write_back()
 
@@ -125,7 +141,7 @@ class BlockStore:
         settings = self.config.store
         gate = AdmissionGate(settings.queue_blocks, settings.queue_bytes, "drop", 0.0)
         return WriteBack(
-            self._memory, self._tiers[1], self._executor, gate, self.telemetry, self._write_one
+            self._memory, self._tiers[1], self._lanes[1], gate, self.telemetry, self._write_one
         )
 
     def _open_tier(self, tier: LocalTier) -> None:
@@ -188,7 +204,7 @@ class BlockStore:
         if len(targets) > len(match.keys):
             raise LayoutMismatchError(f"{len(targets)} targets for {len(match.keys)} keys")
         views = [self._view(target, writable=True) for target in targets]
-        full = self._executor.queued[0] + len(keys) > self.config.store.load_queue_blocks
+        full = self._queued()[0] + len(keys) > self.config.store.load_queue_blocks
         placed: dict[int, tuple[int, Placement]] = {}
         unavailable = False
         for number, tier in enumerate(self._tiers if not full else []):
@@ -223,23 +239,28 @@ class BlockStore:
         return transfer
 
     def _load_block(self, transfer: Transfer, move: BlockMove, target: memoryview) -> None:
-        tier = self._tiers[move.tier]
         try:
             if transfer.begin() is Start.CANCELLED:
                 return
-            outcome = self._read_one(tier, move.placement, target)
-            if outcome is not Outcome.LOADED:
-                for lower in self._tiers[move.tier + 1 :]:
-                    tier, outcome = (
-                        lower,
-                        self._read_lower(lower, move.placement.key, target, outcome),
-                    )
-            if outcome is Outcome.LOADED and self._promote and tier is not self._memory:
-                self._promote_block(move.placement, target)
-            if transfer.finish(move.buffer, outcome):
-                self._count_loads(outcome, tier.name, 1)
+            tier, outcome = self._tiers[move.tier], Outcome.IO_ERROR  # what a bug of ours would leave
+            try:
+                tier, outcome = self._fetch(move, target)
+            finally:
+                if transfer.finish(move.buffer, outcome):
+                    self._count_loads(outcome, tier.name, 1)
         finally:
             self._tiers[move.tier].table.unpin([move.placement])
+
+    def _fetch(self, move: BlockMove, target: memoryview) -> tuple[LocalTier, Outcome]:
+        """Read one block, from a lower tier if the copy in its own is bad; promote what came from below."""
+        tier = self._tiers[move.tier]
+        outcome = self._read_one(tier, move.placement, target)
+        for lower in self._tiers[move.tier + 1 :]:
+            if outcome is not Outcome.LOADED:
+                tier, outcome = lower, self._read_lower(lower, move.placement.key, target, outcome)
+        if outcome is Outcome.LOADED and self._promote and tier is not self._memory:
+            self._promote_block(move.placement, target)
+        return tier, outcome
 
     def _read_lower(
         self, tier: LocalTier, key: BlockKey, target: memoryview, otherwise: Outcome
@@ -292,8 +313,8 @@ class BlockStore:
         if self._memory is None or not self._memory.readable:
             yield [None] * len(keys)
             return
-        memory = self._memory
-        placements = memory.table.pin(keys)
+        memory, table = self._memory, self._memory.table
+        placements = table.pin(keys)
         views: list[memoryview | None] = [None] * len(keys)
         try:
             for placement in placements:
@@ -303,7 +324,7 @@ class BlockStore:
             for view in views:
                 if view is not None:
                     view.release()
-            memory.table.unpin(placements)
+            table.unpin(placements)
 
     # Saving
 
@@ -322,7 +343,7 @@ class BlockStore:
 
         sources: one buffer per key, or None where the caller has no bytes (a block that it was served).
         They must stay as they are until the transfer is released. Returns at once; outcomes are SAVED,
-        PRESENT, or the reason why not.
+        PRESENT, ABSENT for a block without a source that is not there, or the reason why not.
         """
         self._check_open()
         if len(sources) != len(keys):
@@ -341,22 +362,23 @@ class BlockStore:
             on_late=lambda late: self._count_saves(Outcome.LATE, "any", len(late)),
             on_done=lambda seconds: self.telemetry.observe("save_seconds", seconds),
         )
-        blocks = sum(view is not None for view in views)
-        size = sum(len(view) for view in views if view is not None)
-        verdict = self._gate.enter(blocks, size)
+        offered = [position for position, view in enumerate(views) if view is not None]
+        verdict, count = self._gate.enter([len(_there(views[position])) for position in offered])
         if verdict is Admission.THROTTLE:
             self.telemetry.count("throttle_waits_total")
-        if verdict is Admission.REJECT:
-            self._settle_saves(transfer, range(len(keys)), Outcome.REJECTED)
-            return transfer
-        moves, refused, otherwise = self._place(keys, [view is not None for view in views], request)
+        entered, shut_out = set(offered[:count]), set(offered[count:])
+        wanted = [position in entered for position in range(len(keys))]
+        moves, present, refused, otherwise = self._place(keys, wanted, request)
         moving = {move.buffer for move in moves}
-        self._gate.leave(
-            blocks - len(moves), size - sum(len(_there(views[position])) for position in moving)
-        )
-        rest = [i for i in range(len(keys)) if i not in moving and i not in refused]
+        idle = entered - moving
+        self._gate.leave(len(idle), sum(len(_there(views[position])) for position in idle))
+        shut_out -= present
+        self._settle_saves(transfer, sorted(present), Outcome.PRESENT)
+        self._settle_saves(transfer, sorted(shut_out), Outcome.REJECTED)
         self._settle_saves(transfer, sorted(refused), otherwise)
-        self._settle_saves(transfer, rest, Outcome.PRESENT)
+        settled = moving | present | shut_out | refused
+        absent = [position for position in range(len(keys)) if position not in settled]
+        self._settle_saves(transfer, absent, Outcome.ABSENT)
         finish = _Countdown(len(moves), lambda: self._after_save(keys, request))
         if not moves:
             self._after_save(keys, request)
@@ -368,12 +390,14 @@ class BlockStore:
 
     def _place(
         self, keys: Sequence[BlockKey], wanted: list[bool], request: int
-    ) -> tuple[list[BlockMove], set[int], Outcome]:
+    ) -> tuple[list[BlockMove], set[int], set[int], Outcome]:
         """Reserve a slot for every wanted block that is not there, in the first tier that has room.
 
-        Returns the moves, the positions that found no room anywhere, and the outcome that those get.
+        Returns the moves, the positions that were there already, those that found no room anywhere, and
+        the outcome that these get.
         """
         moves: list[BlockMove] = []
+        present: set[int] = set()
         refused = {position for position, want in enumerate(wanted) if want}
         otherwise = Outcome.UNAVAILABLE
         for number, tier in enumerate(self._tiers):
@@ -389,11 +413,12 @@ class BlockStore:
             )
             self.telemetry.count("evictions_total", tier.name, by=recorded.evicted)
             moves += [BlockMove(place.position, number, place) for place in recorded.reserved]
+            present |= set(recorded.hits)
             refused = set(recorded.refused)
             otherwise = Outcome.REJECTED
             if not refused:
                 break
-        return moves, refused, otherwise
+        return moves, present - {move.buffer for move in moves}, refused - present, otherwise
 
     def _save_block(
         self, transfer: Transfer, move: BlockMove, source: memoryview, finish: _Countdown
@@ -403,22 +428,33 @@ class BlockStore:
             if transfer.begin() is Start.CANCELLED:
                 tier.table.abort(move.placement)
                 return
-            checksum = xxhash.xxh3_64_intdigest(source)
-            if transfer.late(move.buffer):
-                # The caller may have put other bytes there: they must not get a checksum of their own.
-                tier.table.abort(move.placement)
-                transfer.finish(move.buffer, Outcome.LATE)
-                return
-            outcome = self._write_one(
-                tier, move.placement, source, checksum, lambda: transfer.claim(move.buffer)
-            )
-            if outcome is Outcome.SAVED and self._through and tier is self._memory:
-                outcome = self._write_through(move.placement.key, source, checksum)
-            if transfer.finish(move.buffer, outcome):
-                self._count_saves(outcome, tier.name, 1)
+            outcome = Outcome.IO_ERROR  # what a bug of ours would leave
+            try:
+                outcome = self._put(transfer, move, source)
+            finally:
+                if transfer.finish(move.buffer, outcome):
+                    self._count_saves(outcome, tier.name, 1)
         finally:
             self._gate.leave(1, len(source))
             finish.one_done()
+
+    def _put(self, transfer: Transfer, move: BlockMove, source: memoryview) -> Outcome:
+        """Checksum, then ask whether the block is late, then write, claim and commit."""
+        tier = self._tiers[move.tier]
+        checksum = xxhash.xxh3_64_intdigest(source)
+        if transfer.late(move.buffer):
+            # The caller may have put other bytes there: they must not get a checksum of their own.
+            tier.table.abort(move.placement)
+            return Outcome.LATE
+
+        def claim() -> bool:
+            return transfer.claim(move.buffer)
+
+        outcome = self._write_one(tier, move.placement, source, checksum, claim)
+        if outcome is Outcome.SAVED and self._through and tier is self._memory:
+            transfer.unclaim(move.buffer)
+            outcome = self._write_through(move.placement.key, source, checksum, claim)
+        return outcome
 
     def _write_one(
         self,
@@ -448,7 +484,9 @@ class BlockStore:
         tier.table.commit(placement, length=len(source), checksum=checksum)
         return Outcome.SAVED
 
-    def _write_through(self, key: BlockKey, source: memoryview, checksum: int) -> Outcome:
+    def _write_through(
+        self, key: BlockKey, source: memoryview, checksum: int, claim: Callable[[], bool]
+    ) -> Outcome:
         lower = self._tiers[1]
         if not lower.writable:
             self._probe_later(lower)
@@ -459,7 +497,7 @@ class BlockStore:
             return Outcome.REJECTED
         outcome = Outcome.PRESENT
         for place in recorded.reserved:
-            outcome = self._write_one(lower, place, source, checksum)
+            outcome = self._write_one(lower, place, source, checksum, claim)
             self.telemetry.count("blocks_total", "write_through", lower.name, outcome.value)
         return outcome
 
@@ -472,6 +510,8 @@ class BlockStore:
             else:
                 self._probe_later(lower)
             self._write_back.push(keys, request)
+        elif self._through and self._tiers[1].opened:
+            self._tiers[1].table.record(keys, request=request)
 
     def _settle_saves(self, transfer: Transfer, positions: Sequence[int], outcome: Outcome) -> None:
         self._count_saves(outcome, "any", len(positions))
@@ -492,7 +532,10 @@ class BlockStore:
                     tier.table.record(part, request=request)
 
     def discard(self, keys: Sequence[BlockKey]) -> int:
-        """Forget blocks on purpose; returns how many places they were in."""
+        """Forget blocks on purpose; returns how many places they were in.
+
+        Nothing is erased: after a crash they may be found on the medium again.
+        """
         self._check_open()
         return sum(tier.table.discard(keys) for tier in self._tiers if tier.opened)
 
@@ -502,22 +545,26 @@ class BlockStore:
         def job(move: BlockMove) -> Callable[[], None]:
             return lambda: run(move)
 
-        self._executor.submit(plan.direction, [job(move) for move in plan.moves])
+        through = self._through and plan.direction is Direction.STORE
+        jobs: list[list[Callable[[], None]]] = [[] for _ in self._lanes]
+        for move in plan.moves:
+            # A save through all tiers waits for the slowest, so it waits in that one's lane.
+            jobs[-1 if through else move.tier].append(job(move))
+        for lane, of_lane in zip(self._lanes, jobs, strict=True):
+            if of_lane:
+                lane.submit(plan.direction, of_lane)
 
     def _probe_later(self, tier: LocalTier) -> None:
         """Ask a tier that is out of service whether it is back, at most once per retry time."""
+        lane = self._lanes[self._tiers.index(tier)]
         if tier.reads.wants_probe():
-            self._executor.submit(Direction.LOAD, [lambda: self._probe(tier, tier.reads, tier.probe_read)])
+            lane.submit(Direction.LOAD, [lambda: self._probe(tier, tier.reads, tier.probe_read)])
         if tier.writes.wants_probe():
-            self._executor.submit(
-                Direction.LOAD, [lambda: self._probe(tier, tier.writes, tier.probe_write)]
-            )
+            lane.submit(Direction.LOAD, [lambda: self._probe(tier, tier.writes, tier.probe_write)])
 
     def _probe(self, tier: LocalTier, breaker: Breaker, ask: Callable[[], None]) -> None:
         try:
-            with self._close_lock:
-                if not tier.opened and not self._closed:
-                    self._open_tier(tier)
+            self._reopen(tier)
             if not tier.opened:
                 breaker.probed(OSError("still cannot be opened"))
                 return
@@ -526,6 +573,14 @@ class BlockStore:
             breaker.probed(error)
         else:
             breaker.probed(None)
+
+    def _reopen(self, tier: LocalTier) -> None:
+        with self._reopen_lock:
+            if tier.opened or self._closed:
+                return
+            self._open_tier(tier)
+            if self._closed:
+                tier.close(clean=True)  # close() did not wait for this: nobody else would let go of it
 
     # Looking after it
 
@@ -536,8 +591,18 @@ class BlockStore:
         """
         self._check_open()
         limit = self.config.store.close_seconds if seconds is None else seconds
-        if not self._executor.drain(limit):
+        until = time.monotonic() + limit
+        # Fastest first: what leaves a lane goes on to a slower one, never back.
+        if not all(lane.drain(max(0.0, until - time.monotonic())) for lane in self._lanes):
             return False
+        # One thread at a time waits for a medium that does not answer, however often this is called.
+        if not self._flush_lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            return False
+        flushed: list[bool] = []
+        done = _within(max(0.0, until - time.monotonic()), lambda: flushed.append(self._flush_tiers()))
+        return done and flushed == [True]
+
+    def _flush_tiers(self) -> bool:
         try:
             for tier in self._tiers:
                 if tier.opened:
@@ -545,6 +610,8 @@ class BlockStore:
         except OSError as error:
             self.telemetry.event("flush failed", str(error))
             return False
+        finally:
+            self._flush_lock.release()
         return True
 
     def status(self) -> list[TierStatus]:
@@ -565,10 +632,14 @@ class BlockStore:
             for tier in self._tiers
         ]
 
+    def _queued(self) -> tuple[int, int]:
+        each = [lane.queued for lane in self._lanes]
+        return sum(loads for loads, _ in each), sum(stores for _, stores in each)
+
     @property
     def queued(self) -> dict[str, int]:
         """What waits and what is held, against the bounds in the configuration."""
-        loads, stores = self._executor.queued
+        loads, stores = self._queued()
         blocks, size = self._gate.held
         return {
             "queued_loads": loads,
@@ -598,11 +669,18 @@ class BlockStore:
             if self._closed:
                 return
             self._closed = True
-        clean = self._executor.close(self.config.store.close_seconds)
+        until = time.monotonic() + self.config.store.close_seconds
+        # Every lane is closed, also behind one that hangs.
+        closed = [lane.close(max(0.0, until - time.monotonic())) for lane in self._lanes]
+        clean = all(closed)
+        for tier in self._tiers:
+            if clean:
+                left = max(CLOSE_SECONDS_LEAST, until - time.monotonic())
+                clean = _within(left, partial(tier.close, clean=True))
+            if not clean:
+                tier.close(clean=False)
         if not clean:
             log.warning("kvstrata: closed while the medium did not answer; the next open will scan")
-        for tier in self._tiers:
-            tier.close(clean=clean)
 
     def __enter__(self) -> BlockStore:
         return self
@@ -639,6 +717,14 @@ class _Countdown:
             last = self._left == 0
         if last:
             self._then()
+
+
+def _within(seconds: float, work: Callable[[], object]) -> bool:
+    """Run work that may hang on a thread of its own. False if it takes longer: it is then left behind."""
+    thread = threading.Thread(target=work, name="kvstrata-upkeep", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def _better(first: Lookup, second: Lookup) -> Lookup:

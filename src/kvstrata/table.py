@@ -16,7 +16,8 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +82,7 @@ class BlockTable:
     """slots: places that exist. slot_bytes: charged to the policy per block, whatever its length.
 
     batch_blocks: largest batch of `record`. clock_ms: Unix milliseconds, for tests.
-    on_expired: told how many blocks met their TTL, outside the lock's callers' hot path.
+    on_expired: told how many blocks met their TTL, by the caller who found out, outside the lock.
     """
 
     def __init__(
@@ -124,8 +125,7 @@ class BlockTable:
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[Lookup]:
         """State of every key. No side effects but the removal of expired blocks."""
-        with self._lock:
-            self._expire()
+        with self._swept():
             resident = self._resident
             if all(key in resident for key in keys):
                 return [Lookup.HIT] * len(keys)
@@ -138,8 +138,7 @@ class BlockTable:
 
     def pin(self, keys: Sequence[BlockKey]) -> list[Placement]:
         """Pin every key that is resident; the others are left out. Unpin each placement once."""
-        with self._lock:
-            self._expire()
+        with self._swept():
             found = [
                 (position, key, index)
                 for position, key in enumerate(keys)
@@ -182,8 +181,7 @@ class BlockTable:
         may not be stored is passed over. request: equal for calls of one request. ttl_seconds: 0 never.
         """
         assert len(keys) <= self.batch_blocks, "the batch is larger than batch_blocks"
-        with self._lock:
-            self._expire()
+        with self._swept():
             positions: list[int] = []
             indices: list[int] = []
             admitted: list[bool] = []
@@ -336,9 +334,18 @@ class BlockTable:
             times, sequences = self._expires_ms[live].tolist(), self._sequence[live].tolist()
             self._expiry = sorted(zip(times, sequences, live.tolist(), strict=True))
 
-    def _expire(self) -> None:
+    @contextmanager
+    def _swept(self) -> Iterator[None]:
+        """The lock, with expired blocks out of the way; who asked to hear of them does so after it."""
+        with self._lock:
+            expired = self._expire()
+            yield
+        if expired:
+            self._on_expired(expired)
+
+    def _expire(self) -> int:
         if not self._expiry or self._expiry[0][0] > self._clock_ms():
-            return
+            return 0
         now = self._clock_ms()
         expired = 0
         while self._expiry and self._expiry[0][0] <= now:
@@ -348,8 +355,7 @@ class BlockTable:
                 self._doom(index)
                 self._unpin(index)
                 expired += 1
-        if expired:
-            self._on_expired(expired)
+        return expired
 
     # Capacity
 
@@ -415,8 +421,7 @@ class BlockTable:
 
     def entries(self) -> list[TableEntry]:
         """Every resident block, the one that would leave first at the front."""
-        with self._lock:
-            self._expire()
+        with self._swept():
             ordered = [i for i in self._policy.order().tolist() if self._state[i] == RESIDENT]
             result = []
             for index in ordered:

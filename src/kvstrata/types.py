@@ -33,7 +33,6 @@ class Outcome(Enum):
     """A save that admission, the capacity bound or a full queue turned away."""
     ABSENT = "absent"
     """A load whose block had left between lookup and load."""
-    EXPIRED = "expired"
     CORRUPT = "corrupt"
     IO_ERROR = "io_error"
     LATE = "late"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvstrata.admission import Admission, AdmissionGate
+from kvstrata.admission import AdmissionGate
 from kvstrata.table import Placement
 from kvstrata.telemetry import Telemetry
 from kvstrata.tiers.base import LocalTier
@@ -46,12 +46,10 @@ class WriteBack:
             self._count(Outcome.UNAVAILABLE, len(keys))
             return
         pinned = self._upper.table.pin(keys)
-        by_key = {placement.key: placement for placement in pinned}
-        size = sum(placement.length for placement in pinned)
-        if self._gate.enter(len(pinned), size) is Admission.REJECT:
-            self._upper.table.unpin(pinned)
-            self._count(Outcome.REJECTED, len(pinned))
-            return
+        _, entered = self._gate.enter([placement.length for placement in pinned])
+        self._upper.table.unpin(pinned[entered:])
+        self._count(Outcome.REJECTED, len(pinned) - entered)
+        by_key = {placement.key: placement for placement in pinned[:entered]}
         recorded = self._lower.table.record(
             keys,
             [key in by_key for key in keys],

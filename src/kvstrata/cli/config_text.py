@@ -13,7 +13,7 @@ from kvstrata.config import Config, MemoryTierConfig, TierConfig
 
 WORDS: dict[str, dict[str, str]] = {
     "memory": {
-        "capacity_bytes": "bound of this tier; taken when the process starts",
+        "capacity_bytes": "bound of this tier; memory is taken as it fills",
         "policy": "who leaves when it is full",
         "ttl_seconds": "blocks older than this are misses; 0: no limit",
         "verify": "check the checksum on every read from memory",

@@ -36,6 +36,7 @@ class LocalTier(ABC):
     def __init__(self, store: StoreConfig, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
         self._table: BlockTable | None = None
+        self._opened = False
         self.reads, self.writes = (
             Breaker(
                 self.name,
@@ -50,13 +51,13 @@ class LocalTier(ABC):
 
     @property
     def table(self) -> BlockTable:
-        """Only while `opened`."""
+        """Once the tier was opened; also after close(), for a caller that came in just before."""
         assert self._table is not None, f"tier {self.name} is not open"
         return self._table
 
     @property
     def opened(self) -> bool:
-        return self._table is not None
+        return self._opened
 
     @property
     def readable(self) -> bool:

@@ -66,8 +66,11 @@ class Breaker:
         return self._open_reason
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """One operation on the medium; an OSError counts against it and goes on to the caller."""
+    def watch(self, *, count_errors: bool = True) -> Iterator[None]:
+        """One operation on the medium; an OSError counts against it and goes on to the caller.
+
+        count_errors: False where an error has an answer of its own, and only a hang counts.
+        """
         with self._lock:
             self._token += 1
             token = self._token
@@ -75,12 +78,19 @@ class Breaker:
         try:
             yield
         except OSError as error:
-            self._end(token, error)
+            if count_errors:
+                self._end(token, error)
+            else:
+                self._end_silently(token)
             raise
         except BaseException:
             self._end(token, None)
             raise
         self._end(token, None)
+
+    def _end_silently(self, token: int) -> None:
+        with self._lock:
+            self._running.pop(token, None)
 
     def _end(self, token: int, error: OSError | None) -> None:
         opened = ""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import xxhash
 
 from kvstrata.config import MemoryTierConfig, StoreConfig, format_size
-from kvstrata.errors import BlockCorruptError, ConfigError
+from kvstrata.errors import BlockCorruptError, ConfigError, StoreClosedError
 from kvstrata.table import BlockTable, Placement
 from kvstrata.telemetry import Telemetry
 from kvstrata.tiers.base import LocalTier, OpenReport
@@ -51,13 +51,16 @@ class MemoryTier(LocalTier):
             batch_blocks=self._batch_blocks,
             on_expired=lambda count: self.telemetry.count("expired_total", self.name, by=count),
         )
+        self._opened = True
         return OpenReport(self._slots, seconds=time.monotonic() - started)
 
     def view(self, placement: Placement) -> memoryview:
-        """The block's bytes in place; valid while the placement is pinned. Release it before close()."""
-        assert self._arena is not None
+        """The block's bytes in place; valid while the placement is pinned. Raises StoreClosedError."""
+        arena = self._arena
+        if arena is None:
+            raise StoreClosedError("this store was closed; open a new one")
         start = placement.slot * self._slot_bytes
-        return self._arena.view[start : start + placement.length]
+        return arena.view[start : start + placement.length]
 
     def read(self, placement: Placement, target: memoryview) -> None:
         self._expect(placement.length == len(target), "length", placement)
@@ -100,8 +103,8 @@ class MemoryTier(LocalTier):
 
     def close(self, *, clean: bool) -> None:
         if clean and self._arena is not None:
-            arena, self._arena, self._table = self._arena, None, None
-            arena.close()
+            self._opened = False
+            self._arena = None  # the memory goes with the last view that somebody still holds
 
     def used_bytes_on_medium(self) -> int:
         return self._arena.size if self._arena else 0

@@ -111,17 +111,20 @@ class NvmeTier(LocalTier):
         self._direct = config.direct_io
         self._grow_lock = threading.Lock()
         self._grow_retry_at = 0.0
+        self._restore_at = 0.0
         self._pages = threading.local()
         self._bounce = BufferPool(self._payload_bytes, store.io_threads)
 
     # Sizes
 
     def _bytes_for(self, slots: int, segments: int) -> int:
-        index = round_up(
-            PAGE + segments * INDEX_SEGMENT_DTYPE.itemsize + slots * INDEX_ENTRY_DTYPE.itemsize,
-            PAGE,
-        )
+        index = self._index_bytes(slots, segments)
         return slots * self._stride + segments * (PAGE + SEGMENT_RESERVE_BYTES) + index
+
+    @staticmethod
+    def _index_bytes(slots: int, segments: int) -> int:
+        entries = segments * INDEX_SEGMENT_DTYPE.itemsize + slots * INDEX_ENTRY_DTYPE.itemsize
+        return round_up(PAGE + entries, PAGE)
 
     def _plan_segment(self) -> int:
         """Slots per segment. Raises ConfigError if not even one block fits."""
@@ -157,7 +160,7 @@ class NvmeTier(LocalTier):
             self._direct = self._config.direct_io and supports_direct(self._io, self.folder)
             if self._config.direct_io and not self._direct:
                 self.telemetry.event("nvme buffered", f"{self.folder} does not support O_DIRECT")
-            remember_namespace(self.folder, self._namespace.digest, self._namespace.fields, self._io)
+            self._remember_namespace()
             report, table = self._take_over()
         except BaseException:
             self._close_files()
@@ -165,6 +168,7 @@ class NvmeTier(LocalTier):
             raise
         self._lock = lock
         self._table = table
+        self._opened = True
         return OpenReport(
             report.slots,
             report.restored,
@@ -172,6 +176,15 @@ class NvmeTier(LocalTier):
             time.monotonic() - started,
             report.from_index,
         )
+
+    def _remember_namespace(self) -> None:
+        """For people: a full disk is no reason not to serve what lies on it."""
+        try:
+            remember_namespace(self.folder, self._namespace.digest, self._namespace.fields, self._io)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.telemetry.event("nvme namespace not written down", str(error))
 
     def _take_over(self) -> tuple[OpenReport, BlockTable]:
         """Choose which segments stay, lay out the slots, and fill a new table."""
@@ -196,10 +209,7 @@ class NvmeTier(LocalTier):
         self._segments = []
         for file in mine:
             fd = self._io.open(file.path, create=False, direct=self._direct)
-            segment = Segment(self._slots, file.header.slots, file.header, fd, file.path)
-            self._segments.append(segment)
-            if file.size < file.full_size:
-                self._io.allocate(fd, file.full_size)
+            self._segments.append(Segment(self._slots, file.header.slots, file.header, fd, file.path))
         planned = [segment.slots for segment in self._segments]
         for slots in self._plan_rest(planned):
             self._segments.append(Segment(self._slots, slots))
@@ -211,6 +221,9 @@ class NvmeTier(LocalTier):
             on_expired=lambda count: self.telemetry.count("expired_total", self.name, by=count),
         )
         entries, from_index = self._find_entries(mine, index, dropped)
+        for file, segment in zip(mine, self._segments, strict=False):
+            if file.size < file.full_size:
+                self._io.allocate(segment.fd, file.full_size)
         restored = table.restore(entries)
         dropped["no_room"] += len({entry.key for entry in entries}) - restored
         (self.folder / INDEX_FILE).unlink(missing_ok=True)
@@ -268,7 +281,11 @@ class NvmeTier(LocalTier):
         ordered: list[TableEntry] = []
         if index is not None:
             for row, slot, entry in index_entries(index.entries):
-                if row in trusted and (not entry.expires_ms or entry.expires_ms > now):
+                if row not in trusted:
+                    continue
+                if entry.expires_ms and entry.expires_ms <= now:
+                    dropped["expired"] += 1
+                else:
                     ordered.append(_at_slot(entry, trusted[row].first_slot + slot))
         known = {id(segment) for segment in trusted.values()}
         scanned: list[TableEntry] = []
@@ -276,6 +293,11 @@ class NvmeTier(LocalTier):
             for file, segment in zip(files, self._segments, strict=False):
                 if id(segment) not in known:
                     scanned += self._scan(file, segment, pool, now, dropped)
+        if index is not None and index.stride == self._stride:
+            found = {entry.key for entry in scanned}
+            for row, _, entry in index_entries(index.entries):
+                untrusted = int(index.segments[row]["id"]) in by_id and row not in trusted
+                dropped["slot_lost"] += untrusted and entry.key not in found
         # What the index knew is in the policy's order; what had to be scanned is in the order of saving.
         scanned.sort(key=lambda entry: entry.sequence)
         return scanned + ordered, bool(trusted)
@@ -291,7 +313,9 @@ class NvmeTier(LocalTier):
         entries = []
         for slot in scan_segment(self._io, segment.fd, file, pool):
             header = slot.header
-            if slot.state is not SlotState.USED or header is None:
+            if slot_offset(slot.number + 1, self._stride) > file.size:
+                dropped["slot_missing"] += 1  # the file was cut off here
+            elif slot.state is not SlotState.USED or header is None:
                 if slot.state is not SlotState.EMPTY:
                     dropped[f"slot_{slot.state.value}"] += 1
             elif header.expires_ms and header.expires_ms <= now:
@@ -372,7 +396,8 @@ class NvmeTier(LocalTier):
             raise self._corrupt("key", placement)
         if header.length != len(payload):
             raise self._corrupt("length", placement)
-        if xxhash.xxh3_64_intdigest(payload) != header.checksum:
+        # The table's checksum too: an older copy of the slot is whole in itself, but is not what was saved.
+        if xxhash.xxh3_64_intdigest(payload) != header.checksum or header.checksum != placement.checksum:
             raise self._corrupt("checksum", placement)
 
     def _corrupt(self, reason: str, placement: Placement) -> BlockCorruptError:
@@ -412,11 +437,12 @@ class NvmeTier(LocalTier):
             placement.key, self._namespace.digest, segment.header.segment_id, number, length,
             checksum, placement.sequence, unix_ms(), placement.expires_ms,
         ).pack_into(page)  # fmt: skip
-        segment.dirty = True
         with self.writes.watch():
             self._io.write(segment.fd, [page, payload], slot_offset(number, self._stride))
             if self._config.sync == "always":
                 self._io.sync(segment.fd)
+        # After the write: a flush in between would take the mark away and miss the bytes.
+        segment.dirty = True
 
     # Growing
 
@@ -428,7 +454,9 @@ class NvmeTier(LocalTier):
             if time.monotonic() < self._grow_retry_at:
                 raise OSError(errno.ENOSPC, "no room for a new segment lately")
             try:
-                self._create(segment)
+                # A hang shows in the breaker; an error does not: what has a file goes on working.
+                with self.writes.watch(count_errors=False):
+                    self._create(segment)
             except OSError as error:
                 self._grow_retry_at = time.monotonic() + self._store.breaker_retry_seconds
                 name = errno.errorcode.get(error.errno or 0, "unknown")
@@ -441,9 +469,12 @@ class NvmeTier(LocalTier):
     def _create(self, segment: Segment) -> None:
         own = [other.slots for other in self._segments if other.fd >= 0]
         while self._foreign and not self._room_for([*own, segment.slots]):
-            victim = self._foreign.pop(0)
-            self._io.remove(victim.path)
+            victim = self._foreign[0]
+            with contextlib.suppress(FileNotFoundError):
+                self._io.remove(victim.path)
+            self._foreign.pop(0)  # only now: while it is on the disk, it counts
             self.telemetry.count("restore_dropped_total", self.name, "foreign_size", by=victim.header.slots)
+        self._measure(segment)
         header = SegmentHeader(secrets.randbits(63), self._stride, segment.slots, unix_ms())
         path = self.folder / segment_name(header.segment_id)
         fd = self._io.open(path, create=True, direct=self._direct)
@@ -461,17 +492,28 @@ class NvmeTier(LocalTier):
             raise
         segment.header, segment.path, segment.fd = header, path, fd
 
+    def _measure(self, segment: Segment) -> None:
+        """Raise ENOSPC if the disk says that the bound would be passed, whatever the plan says.
+
+        The plan does not know of a file that could not be removed.
+        """
+        wanted = segment_size(segment.slots, self._stride) + SEGMENT_RESERVE_BYTES
+        index = self._index_bytes(self._slots, len(self._segments))
+        if bytes_on_disk(self.folder) + wanted + index > self._config.capacity_bytes:
+            raise OSError(errno.ENOSPC, "a new segment would pass capacity_bytes; is a file in the way?")
+
     def write_failed(self, placement: Placement) -> None:
         segment, _ = self._locate(placement.slot)
-        with self._grow_lock:
-            if segment.fd < 0 and time.monotonic() < self._grow_retry_at:
-                slots = range(segment.first_slot, segment.first_slot + segment.slots)
-                evicted = self.table.withdraw(slots)
-                self.telemetry.count("evictions_total", self.name, by=evicted)
+        slots = range(placement.slot, placement.slot + 1)
+        if segment.fd < 0:
+            slots = range(segment.first_slot, segment.first_slot + segment.slots)
+        self._restore_at = time.monotonic() + self._store.breaker_retry_seconds
+        evicted = self.table.withdraw(slots)
+        self.telemetry.count("evictions_total", self.name, by=evicted)
 
     def refresh(self) -> None:
-        if self._grow_retry_at and time.monotonic() >= self._grow_retry_at:
-            self._grow_retry_at = 0.0
+        if self._restore_at and time.monotonic() >= self._restore_at:
+            self._restore_at = 0.0
             self.table.restore_withdrawn()
 
     # Upkeep
@@ -494,6 +536,7 @@ class NvmeTier(LocalTier):
             self._io.close(fd)
             path.unlink(missing_ok=True)
         self._grow_retry_at = 0.0
+        self._restore_at = 0.0
         self.table.restore_withdrawn()
 
     def flush(self) -> None:
@@ -507,11 +550,13 @@ class NvmeTier(LocalTier):
                     raise
 
     def close(self, *, clean: bool) -> None:
-        if clean and self._table is not None:
-            table, self._table = self._table, None
+        if clean and self._opened:
+            self._opened = False
             try:
                 self.flush()
-                self._write_index(table)
+                # Without the lock the folder may be another process's by now.
+                if self._lock is not None:
+                    self._write_index(self.table)
             except OSError as error:
                 log.warning("kvstrata: %s: the index was not kept: %s", self.folder, error)
             self._close_files()
@@ -520,19 +565,23 @@ class NvmeTier(LocalTier):
             self._lock = None
 
     def _write_index(self, table: BlockTable) -> None:
-        backed = [segment for segment in self._segments if segment.header and segment.path]
-        rows = np.zeros(len(backed), INDEX_SEGMENT_DTYPE)
+        rows: list[tuple[int, int, int, int]] = []
         row_of: dict[int, int] = {}
-        for row, segment in enumerate(backed):
-            assert segment.header is not None and segment.path is not None
-            stat = segment.path.stat()
-            rows[row] = (segment.header.segment_id, segment.slots, stat.st_size, stat.st_mtime_ns)
-            row_of[segment.first_slot] = row
+        for segment in self._segments:
+            if segment.header is None or segment.path is None:
+                continue
+            try:
+                stat = segment.path.stat()
+            except FileNotFoundError:
+                continue  # somebody took the file away: its blocks end with this process
+            row_of[segment.first_slot] = len(rows)
+            rows.append((segment.header.segment_id, segment.slots, stat.st_size, stat.st_mtime_ns))
         placed = []
         for entry in table.entries():
             segment, number = self._locate(entry.slot)
-            placed.append((row_of[segment.first_slot], number, entry))
-        index = IndexFile(self._stride, rows, index_rows(placed))
+            if segment.first_slot in row_of:
+                placed.append((row_of[segment.first_slot], number, entry))
+        index = IndexFile(self._stride, np.array(rows, INDEX_SEGMENT_DTYPE), index_rows(placed))
         self._io.write_file(self.folder / INDEX_FILE, index.pack())
 
     def _close_files(self) -> None:

@@ -59,6 +59,8 @@ class TransferExecutor:
             with self._work:
                 while (found := self._next()) is None:
                     if self._closing and not self._stores:
+                        # A store that came in last may have kept others waiting for their turn.
+                        self._work.notify_all()
                         return
                     self._work.wait()
                 self._busy += 1
@@ -97,7 +99,7 @@ class TransferExecutor:
                 self._loads.clear()
                 self._stores.clear()
             self._work.notify_all()
-        until = time.monotonic() + (seconds if drained else 0.1)
+        until = time.monotonic() + (max(seconds, 0.1) if drained else 0.1)
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         return drained and not any(thread.is_alive() for thread in self._threads)

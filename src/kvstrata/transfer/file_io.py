@@ -113,6 +113,8 @@ def supports_direct(io: FileIO, folder: Path) -> bool:
     except OSError as error:
         if error.errno == errno.EINVAL:
             return False
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True  # a full disk took the flag; it just has no room for the probe
         raise
     finally:
         io.close(fd)

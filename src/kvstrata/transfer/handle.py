@@ -76,6 +76,11 @@ class Transfer:
             self._claimed.add(position)
             return True
 
+    def unclaim(self, position: int) -> None:
+        """The deadline holds again for this block: what is left to do may hang."""
+        with self._changed:
+            self._claimed.discard(position)
+
     def finish(self, position: int, outcome: Outcome) -> bool:
         """The worker that began is through with one block; False if the verdict was LATE before."""
         with self._changed:

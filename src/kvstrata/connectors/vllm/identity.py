@@ -30,8 +30,9 @@ def engine_namespace(offloading_config: Any, row_bytes: int, revision: str, salt
     row_bytes: bytes of one chunk over all ranks. revision: the operator's own word for the weights, used
     instead of looking at them. Raises ConfigError if it is empty and the weights cannot be found.
     """
-    import vllm  # noqa: PLC0415 - only ever called inside vLLM
     from vllm.platforms import current_platform  # noqa: PLC0415
+
+    import vllm  # noqa: PLC0415 - only ever called inside vLLM
 
     model, cache, parallel = (
         offloading_config.model,
@@ -72,9 +73,9 @@ def engine_namespace(offloading_config: Any, row_bytes: int, revision: str, salt
 def weights_fingerprint(model: str) -> str:
     """A digest of the model's config.json, and of sizes, heads and samples of its weight files.
 
-    model: a folder, or a name of which one revision lies in the Hugging Face cache. Every file gives its size,
-    its first 1 MiB (the whole header of a safetensors file) and 256 blocks of 4 KiB spread over it.
-    Raises ConfigError if there is nothing to look at.
+    model: a folder, or a name of which one revision lies in the Hugging Face cache. Every file gives its
+    size, its first 1 MiB (the whole header of a safetensors file) and 256 blocks of 4 KiB spread over it.
+    Raises ConfigError if there is nothing to look at, or more than one revision.
     """
     folders = [Path(model)] if Path(model).is_dir() else _cached_snapshots(model)
     if len(folders) != 1:
