@@ -298,7 +298,8 @@ def main() -> int:
     console.print(
         f"\n[bold green]All replies equal those of plain vLLM.[/] After a restart the first token comes "
         f"{ratio:.1f} times sooner.\nThe folder takes {format_size(size)} of 256.0 MiB allowed. "
-        f"Report: {stage.folder}/report.json, picture: {picture}.\n{time.monotonic() - started:.0f} s in all."
+        f"Report and picture: report.json and ttft.svg in {stage.folder}.\n"
+        f"{time.monotonic() - started:.0f} s in all."
     )
     return 0
 

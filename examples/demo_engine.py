@@ -20,9 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM
-
 from inprocess import Answer, ask, engine, store_of
+from vllm import LLM
 
 
 def converse(llm: LLM, conversations: list[list[str]], system: str, progress: Path) -> list[dict[str, Any]]:

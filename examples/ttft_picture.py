@@ -19,7 +19,7 @@ STYLE = """\
 def ttft_picture(rows: list[dict[str, Any]]) -> str:
     """rows: prompt_tokens, ttft_cold_ms and ttft_ms of each request."""
     scale = (WIDTH - 70) / max(max(row["ttft_cold_ms"], row["ttft_ms"]) for row in rows)
-    height = 90 + len(rows) * (2 * BAR + GAP)
+    height = 66 + len(rows) * (2 * BAR + GAP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 20} {height}" '
         f'width="{LEFT + WIDTH + 20}" height="{height}" role="img">',
