@@ -68,7 +68,7 @@ path = "{path}"
 capacity_bytes = "256MiB"
 """
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 class DemoError(Exception):

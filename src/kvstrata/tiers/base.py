@@ -18,7 +18,10 @@ from kvstrata.tiers.breaker import Breaker
 
 @dataclass(frozen=True, slots=True)
 class OpenReport:
-    """What opening found. slots: places of the current block size; dropped: reason -> count."""
+    """What opening found. slots: places of the current block size; dropped: reason -> count.
+
+    from_index: nothing had to be scanned.
+    """
 
     slots: int
     restored: int = 0

@@ -300,7 +300,7 @@ class NvmeTier(LocalTier):
                 dropped["slot_lost"] += untrusted and entry.key not in found
         # What the index knew is in the policy's order; what had to be scanned is in the order of saving.
         scanned.sort(key=lambda entry: entry.sequence)
-        return scanned + ordered, bool(trusted)
+        return scanned + ordered, bool(trusted) and len(trusted) == len(files)
 
     def _scan(
         self,
