@@ -216,7 +216,8 @@ class BlockStore:
             for placement in tier.table.pin([keys[position] for position in missing]):
                 placed[missing[placement.position]] = (number, placement)
         absent = Outcome.UNAVAILABLE if unavailable else Outcome.ABSENT
-        absent = Outcome.REJECTED if full else absent
+        if full:
+            absent = Outcome.REJECTED
         transfer = Transfer(
             Direction.LOAD,
             len(keys),
@@ -259,7 +260,7 @@ class BlockStore:
             if outcome is not Outcome.LOADED:
                 tier, outcome = lower, self._read_lower(lower, move.placement.key, target, outcome)
         if outcome is Outcome.LOADED and self._promote and tier is not self._memory:
-            self._promote_block(move.placement, target)
+            self._promote_block(move.placement.key, target)
         return tier, outcome
 
     def _read_lower(
@@ -287,15 +288,14 @@ class BlockStore:
             return Outcome.IO_ERROR
         return Outcome.LOADED
 
-    def _promote_block(self, placement: Placement, source: memoryview) -> None:
+    def _promote_block(self, key: BlockKey, source: memoryview) -> None:
         """Put a verified block into memory too, where the next request finds it."""
         assert self._memory is not None
-        recorded = self._memory.table.record(
-            [placement.key], [True], request=0, ttl_seconds=self._memory.ttl_seconds
-        )
+        recorded = self._memory.table.record([key], [True], request=0, ttl_seconds=self._memory.ttl_seconds)
         self.telemetry.count("evictions_total", self._memory.name, by=recorded.evicted)
         for place in recorded.reserved:
-            outcome = self._write_one(self._memory, place, source, placement.checksum)
+            checksum = xxhash.xxh3_64_intdigest(source)
+            outcome = self._write_one(self._memory, place, source, checksum)
             self.telemetry.count("blocks_total", "promote", self._memory.name, outcome.value)
 
     def _count_loads(self, outcome: Outcome, tier: str, by: int) -> None:

@@ -15,8 +15,8 @@ import os
 import secrets
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +26,7 @@ import xxhash
 
 from kvstrata.config import NvmeTierConfig, StoreConfig, format_size
 from kvstrata.errors import BlockCorruptError, ConfigError
-from kvstrata.table import BlockTable, Placement, TableEntry, unix_ms
+from kvstrata.table import BlockTable, Placement, unix_ms
 from kvstrata.telemetry import Telemetry
 from kvstrata.tiers.base import LocalTier, OpenReport
 from kvstrata.tiers.nvme_folder import (
@@ -47,17 +47,16 @@ from kvstrata.tiers.nvme_format import (
     IndexFile,
     SegmentHeader,
     SlotHeader,
-    index_entries,
     index_rows,
     segment_name,
     segment_size,
     slot_offset,
     slot_stride,
 )
-from kvstrata.tiers.nvme_scan import SlotState, scan_segment
+from kvstrata.tiers.nvme_restore import PlacedSegment, Restoration
 from kvstrata.transfer.buffers import PAGE, Arena, BufferPool, address_of, round_up
 from kvstrata.transfer.file_io import FileIO, supports_direct
-from kvstrata.types import BlockKey, BlockLayout, Namespace
+from kvstrata.types import BlockLayout, Namespace
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +138,9 @@ class NvmeTier(LocalTier):
         wanted = min(self._config.segment_bytes, budget // SEGMENTS_WANTED)
         return max(1, wanted // self._stride)
 
-    def _fits(self, segments: list[int]) -> bool:
-        """May segments with these slot counts lie in the folder together?"""
-        size = FOLDER_RESERVE_BYTES + self._bytes_for(sum(segments), len(segments))
-        return size <= self._config.capacity_bytes
+    def _fits(self, slots: int, segments: int) -> bool:
+        """May so many slots in so many segments lie in the folder?"""
+        return FOLDER_RESERVE_BYTES + self._bytes_for(slots, segments) <= self._config.capacity_bytes
 
     # Opening
 
@@ -207,12 +205,16 @@ class NvmeTier(LocalTier):
             self._io.remove(victim.path)
             dropped["over_capacity"] += victim.header.slots
         self._segments = []
+        placed: list[PlacedSegment] = []
+        first_slot = 0
         for file in mine:
             fd = self._io.open(file.path, create=False, direct=self._direct)
-            self._segments.append(Segment(self._slots, file.header.slots, file.header, fd, file.path))
-        planned = [segment.slots for segment in self._segments]
-        for slots in self._plan_rest(planned):
-            self._segments.append(Segment(self._slots, slots))
+            placed.append(PlacedSegment(file, first_slot, fd))
+            self._segments.append(Segment(first_slot, file.header.slots, file.header, fd, file.path))
+            first_slot += file.header.slots
+        for slots in self._plan_rest(first_slot, len(self._segments)):
+            self._segments.append(Segment(first_slot, slots))
+            first_slot += slots
         table = BlockTable(
             self._slots,
             self._stride,
@@ -220,10 +222,18 @@ class NvmeTier(LocalTier):
             batch_blocks=self._store.batch_blocks,
             on_expired=lambda count: self.telemetry.count("expired_total", self.name, by=count),
         )
-        entries, from_index = self._find_entries(mine, index, dropped)
-        for file, segment in zip(mine, self._segments, strict=False):
-            if file.size < file.full_size:
-                self._io.allocate(segment.fd, file.full_size)
+        entries, from_index = Restoration(
+            self._io,
+            placed,
+            index,
+            stride=self._stride,
+            payload_bytes=self._payload_bytes,
+            threads=self._store.io_threads,
+            dropped=dropped,
+        ).entries()
+        for segment in placed:
+            if segment.file.size < segment.file.full_size:
+                self._io.allocate(segment.fd, segment.file.full_size)
         restored = table.restore(entries)
         dropped["no_room"] += len({entry.key for entry in entries}) - restored
         (self.folder / INDEX_FILE).unlink(missing_ok=True)
@@ -233,15 +243,16 @@ class NvmeTier(LocalTier):
             self.telemetry.count("restore_dropped_total", self.name, reason, by=count)
         return OpenReport(self._slots, restored, dict(+dropped), 0.0, from_index), table
 
-    def _plan_rest(self, planned: list[int]) -> list[int]:
-        """Slot counts of the segments that still fit beside these: full ones, then a smaller last one."""
+    def _plan_rest(self, slots: int, segments: int) -> list[int]:
+        """Slot counts of the segments that still fit beside those: full ones, then a smaller last one."""
         rest: list[int] = []
-        while self._fits([*planned, *rest, self._segment_slots]):
+        while self._fits(slots + self._segment_slots, segments + 1):
             rest.append(self._segment_slots)
-        for slots in range(self._segment_slots - 1, 0, -1):
-            if self._fits([*planned, *rest, slots]):
-                return [*rest, slots]
-        return rest
+            slots, segments = slots + self._segment_slots, segments + 1
+        last = bisect_right(
+            range(self._segment_slots), 0, key=lambda more: not self._fits(slots + more, segments + 1)
+        )
+        return [*rest, last - 1] if last > 1 else rest
 
     @property
     def _slots(self) -> int:
@@ -261,75 +272,6 @@ class NvmeTier(LocalTier):
         if index is None:
             self.telemetry.count("restore_dropped_total", self.name, "index_damaged")
         return index
-
-    def _find_entries(
-        self, files: list[SegmentFile], index: IndexFile | None, dropped: Counter[str]
-    ) -> tuple[list[TableEntry], bool]:
-        """Entries coldest first: from the index where a segment is as it was then, else by scanning."""
-        now = unix_ms()
-        by_id = {file.header.segment_id: n for n, file in enumerate(files)}
-        trusted: dict[int, Segment] = {}
-        if index is not None:
-            for row, (segment_id, _, size, mtime_ns) in enumerate(index.segments.tolist()):
-                number = by_id.get(segment_id)
-                if number is None:
-                    lost = int(np.count_nonzero(index.entries["segment"] == row))
-                    if index.stride == self._stride:
-                        dropped["segment_missing"] += lost
-                elif (files[number].size, files[number].mtime_ns) == (size, mtime_ns):
-                    trusted[row] = self._segments[number]
-        ordered: list[TableEntry] = []
-        if index is not None:
-            for row, slot, entry in index_entries(index.entries):
-                if row not in trusted:
-                    continue
-                if entry.expires_ms and entry.expires_ms <= now:
-                    dropped["expired"] += 1
-                else:
-                    ordered.append(_at_slot(entry, trusted[row].first_slot + slot))
-        known = {id(segment) for segment in trusted.values()}
-        scanned: list[TableEntry] = []
-        with ThreadPoolExecutor(self._store.io_threads, "kvstrata-scan") as pool:
-            for file, segment in zip(files, self._segments, strict=False):
-                if id(segment) not in known:
-                    scanned += self._scan(file, segment, pool, now, dropped)
-        if index is not None and index.stride == self._stride:
-            found = {entry.key for entry in scanned}
-            for row, _, entry in index_entries(index.entries):
-                untrusted = int(index.segments[row]["id"]) in by_id and row not in trusted
-                dropped["slot_lost"] += untrusted and entry.key not in found
-        # What the index knew is in the policy's order; what had to be scanned is in the order of saving.
-        scanned.sort(key=lambda entry: entry.sequence)
-        return scanned + ordered, bool(trusted) and len(trusted) == len(files)
-
-    def _scan(
-        self,
-        file: SegmentFile,
-        segment: Segment,
-        pool: ThreadPoolExecutor,
-        now: int,
-        dropped: Counter[str],
-    ) -> list[TableEntry]:
-        entries = []
-        for slot in scan_segment(self._io, segment.fd, file, pool):
-            header = slot.header
-            if slot_offset(slot.number + 1, self._stride) > file.size:
-                dropped["slot_missing"] += 1  # the file was cut off here
-            elif slot.state is not SlotState.USED or header is None:
-                if slot.state is not SlotState.EMPTY:
-                    dropped[f"slot_{slot.state.value}"] += 1
-            elif header.expires_ms and header.expires_ms <= now:
-                dropped["expired"] += 1
-            elif header.length > self._payload_bytes:
-                dropped["slot_damaged"] += 1
-            else:
-                entries.append(
-                    TableEntry(
-                        BlockKey(header.key), segment.first_slot + slot.number, header.length,
-                        header.checksum, header.sequence, header.expires_ms,
-                    )
-                )  # fmt: skip
-        return entries
 
     # Bytes
 
@@ -592,7 +534,3 @@ class NvmeTier(LocalTier):
 
     def used_bytes_on_medium(self) -> int:
         return bytes_on_disk(self.folder)
-
-
-def _at_slot(entry: TableEntry, slot: int) -> TableEntry:
-    return TableEntry(entry.key, slot, entry.length, entry.checksum, entry.sequence, entry.expires_ms)
