@@ -74,9 +74,14 @@ def test_help_and_vllm_config_load_nothing_heavy() -> None:
 
 
 def test_interrupt_ends_with_130_and_no_traceback() -> None:
+    # A shell that runs tests in the background ignores SIGINT, and its children inherit that.
+    listen = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = subprocess.Popen(
-            [str(PROGRAM), "stats", f"127.0.0.1:{silent.getsockname()[1]}"],
+            [sys.executable, "-c", listen, str(PROGRAM), "stats", f"127.0.0.1:{silent.getsockname()[1]}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
