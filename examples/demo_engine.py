@@ -20,8 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from inprocess import Answer, ask, engine, store_of
 from vllm import LLM
+
+from inprocess import Answer, ask, engine, store_of
 
 
 def converse(llm: LLM, conversations: list[list[str]], system: str, progress: Path) -> list[dict[str, Any]]:

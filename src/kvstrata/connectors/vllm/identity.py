@@ -30,9 +30,8 @@ def engine_namespace(offloading_config: Any, row_bytes: int, revision: str, salt
     row_bytes: bytes of one chunk over all ranks. revision: the operator's own word for the weights, used
     instead of looking at them. Raises ConfigError if it is empty and the weights cannot be found.
     """
-    from vllm.platforms import current_platform  # noqa: PLC0415
-
     import vllm  # noqa: PLC0415 - only ever called inside vLLM
+    from vllm.platforms import current_platform  # noqa: PLC0415
 
     model, cache, parallel = (
         offloading_config.model,
