@@ -1,12 +1,11 @@
 """make demo: a real vLLM on the CPU gets its prefixes back from kvstrata.
 
-Five engines, each a process of its own:
+Four processes, each with a real engine or two:
   1  plain vLLM without any cache (cold times, and the replies that all others must give), then kvstrata on
      an empty folder
   2  restart on the same folder
   3  a new folder, killed with -9 while it saves
-  4  on the folder of the killed one
-  5  on the first folder, after bytes in it were flipped
+  4  on the folder of the killed one, then on the first folder, after bytes in it were flipped
 Exits with 1 when a reply differs, a hit is missing, or damage was not noticed.
 """
 
@@ -19,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +73,6 @@ class DemoError(Exception):
     """Something that the demo shows did not come true."""
 
 
-@dataclass
-class Scene:
-    """One engine on a folder: what it is called, and what it measured."""
-
-    title: str
-    result: dict[str, Any]
-
-
 class Stage:
     """Files of one run, and how engines are started."""
 
@@ -100,14 +90,16 @@ class Stage:
         path.write_text(TOML.format(path=self.folder / name, chunk=BLOCKS_PER_CHUNK))
         return path
 
-    def run(self, title: str, config: Path, expect_kill: bool = False, **job: Any) -> dict[str, Any]:
-        """Start an engine, wait for its end, return what it measured ({} if it was to be killed)."""
+    def run(
+        self, title: str, configs: list[Path], expect_kill: bool = False, **job: Any
+    ) -> list[dict[str, Any]]:
+        """Start a process with an engine per config; returns what each measured (none if to be killed)."""
         results, progress = self.folder / "results.json", self.folder / "progress"
         results.unlink(missing_ok=True)
         progress.write_text("0")
         spec = {
             "model": str(self.model),
-            "config": str(config),
+            "configs": [str(config) for config in configs],
             "requests": str(self.requests_file),
             "results": str(results),
             "progress": str(progress),
@@ -130,10 +122,10 @@ class Stage:
         for leak in Path("/dev/shm").glob("vllm_offload_kvstrata-*.mmap"):
             leak.unlink(missing_ok=True)
         if expect_kill and engine.returncode == -signal.SIGKILL:
-            return {}
+            return []
         if engine.returncode != 0 or expect_kill:
             raise DemoError(f"{title}: the engine ended with {engine.returncode}; see {self.log}")
-        return dict(json.loads(results.read_text()))
+        return list(json.loads(results.read_text()))
 
     @staticmethod
     def _wait(engine: subprocess.Popen[bytes], title: str, progress: Path) -> None:
@@ -171,10 +163,10 @@ def flip_bytes(folder: Path) -> int:
     return flipped
 
 
-def show(scene: Scene, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def show(title: str, result: dict[str, Any], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Print the table of one scene; returns its rows."""
-    opened = scene.result["opened"]
-    table = Table(title=scene.title, title_justify="left", title_style="bold")
+    opened = result["opened"]
+    table = Table(title=title, title_justify="left", title_style="bold")
     for name in (
         "talk",
         "turn",
@@ -188,7 +180,7 @@ def show(scene: Scene, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ):
         table.add_column(name, justify="right")
     rows = []
-    for request, got in zip(requests, scene.result["results"], strict=True):
+    for request, got in zip(requests, result["results"], strict=True):
         cold, now = request["answer"]["ttft_seconds"], got["answer"]["ttft_seconds"]
         same = request["answer"]["tokens"] == got["answer"]["tokens"]
         apart = max(
@@ -241,27 +233,27 @@ def play(stage: Stage, text: str) -> dict[str, Any]:
     system, talks = conversations(text)
     first, second = stage.toml("nvme"), stage.toml("nvme-killed")
     stage.run(
-        "engine 1: plain vLLM for comparison, then kvstrata on an empty folder",
-        first, conversations=talks, system=system,
+        "process 1: plain vLLM for comparison, then kvstrata on an empty folder",
+        [first], conversations=talks, system=system,
     )  # fmt: skip
     requests = json.loads(stage.requests_file.read_text())
 
-    scene = Scene("Restart: a second engine, in a new process, on the same folder", {})
-    scene.result = stage.run("engine 2: restart", first)
-    report["restart"] = rows = show(scene, requests)
-    check(scene.title, rows, full=True, damage=False)
+    title = "Restart: a second engine, in a new process, on the same folder"
+    (result,) = stage.run("process 2: restart", [first])
+    report["restart"] = rows = show(title, result, requests)
+    check(title, rows, full=True, damage=False)
 
-    stage.run("engine 3: killed with -9 while it saves", second, expect_kill=True, kill_after=KILL_AFTER)
-    scene = Scene("Crash: an engine on the folder of the one that was killed with -9", {})
-    scene.result = stage.run("engine 4: after the kill", second)
-    report["crash"] = rows = show(scene, requests)
-    check(scene.title, rows, full=False, damage=False)
-
+    stage.run("process 3: killed with -9 while it saves", [second], expect_kill=True, kill_after=KILL_AFTER)
     flipped = flip_bytes(stage.folder / "nvme")
-    scene = Scene(f"Damage: one byte flipped in each of {flipped} slots", {})
-    scene.result = stage.run("engine 5: after the flips", first)
-    report["damage"] = rows = show(scene, requests)
-    check(scene.title, rows, full=False, damage=True)
+    crash, damage = stage.run("process 4: after the kill, and after bytes were flipped", [second, first])
+
+    title = "Crash: an engine on the folder of the one that was killed with -9"
+    report["crash"] = rows = show(title, crash, requests)
+    check(title, rows, full=False, damage=False)
+
+    title = f"Damage: one byte flipped in each of {flipped} slots"
+    report["damage"] = rows = show(title, damage, requests)
+    check(title, rows, full=False, damage=True)
     return report
 
 

@@ -1,8 +1,8 @@
-"""One engine of the demo, a process of its own: reads requests, answers them, writes what it measured.
+"""One process of the demo: starts an engine per config, answers requests, writes what it measured.
 
     python demo_engine.py JOB.json
 
-The job names the model, the kvstrata TOML, the requests, and where the results go. With "conversations"
+The job names the model, the kvstrata TOMLs, the requests, and where the results go. With "conversations"
 the process first holds these with a plain vLLM without any cache, which gives the requests, the cold times
 and the replies that all others must give. With "kill_after": n it kills itself with SIGKILL while blocks of
 a request after the n-th are being saved.
@@ -96,25 +96,26 @@ def _corrupt(counters: dict[str, dict[tuple[str, ...], int]]) -> int:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     progress = Path(job["progress"])
-    result: dict[str, Any] = {}
     if job.get("conversations"):
         with engine(Path(job["model"]), None) as llm:
             requests = converse(llm, job["conversations"], job["system"], progress)
         Path(job["requests"]).write_text(json.dumps(requests))
     requests = json.loads(Path(job["requests"]).read_text())
-    with engine(Path(job["model"]), Path(job["config"])) as llm:
-        report = store_of(llm).status()[-1].open_report
-        result["opened"] = {
-            "blocks": report.restored,
-            "seconds": report.seconds,
-            "index": report.from_index,
-        }
-        result["results"] = replay(llm, requests, progress, job.get("kill_after", 0))
-        result["counters"] = {
-            name: {",".join(labels): value for labels, value in values.items()}
-            for name, values in store_of(llm).telemetry.counters().items()
-        }
-    Path(job["results"]).write_text(json.dumps(result))
+    results = []
+    for config in job["configs"]:
+        with engine(Path(job["model"]), Path(config)) as llm:
+            report = store_of(llm).status()[-1].open_report
+            results.append(
+                {
+                    "opened": {
+                        "blocks": report.restored,
+                        "seconds": report.seconds,
+                        "index": report.from_index,
+                    },
+                    "results": replay(llm, requests, progress, job.get("kill_after", 0)),
+                }
+            )
+    Path(job["results"]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
