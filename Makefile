@@ -29,7 +29,10 @@ check: $(VENV)/ready
 	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/ready
+	@mkdir -p .demo
+	$(BIN)/python benchmarks/ttft.py
 	$(BIN)/python benchmarks/lookup.py
+	$(BIN)/python benchmarks/opening.py --dir .demo
 	$(BIN)/python benchmarks/file_io.py --dir .demo/bench
 
 setup: $(VENV)/ready
