@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,9 @@ class Server:
             [KVSTRATA, "vllm-config", "--config", str(toml), "--cpu"],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
+        # A name of our own for the engine, so that what it leaves in /dev/shm can be told and removed.
+        self.engine_id = f"kvstrata-{uuid.uuid4().hex}"
+        transfer = json.dumps(json.loads(transfer) | {"engine_id": self.engine_id})
         self.port = free_port()
         self.log = (folder / "server.log").open("a+")
         self.process = subprocess.Popen(
@@ -272,6 +276,8 @@ class Server:
         self.process.terminate()
         self.process.wait(60)
         self.log.close()
+        for left in Path("/dev/shm").glob(f"vllm_offload_{self.engine_id}*"):
+            left.unlink()
 
 
 def test_the_server_gets_its_prefix_back_after_a_restart(
