@@ -32,9 +32,11 @@ from kvstrata.tiers.base import LocalTier, OpenReport
 from kvstrata.tiers.nvme_folder import (
     LEFTOVER_GLOBS,
     FolderLock,
+    IndexState,
     SegmentFile,
     bytes_on_disk,
     check_format,
+    read_index,
     remember_namespace,
     segment_files,
     write_marker,
@@ -197,7 +199,8 @@ class NvmeTier(LocalTier):
                 mine.append(found)
             else:
                 self._foreign.append(found)
-        index = self._read_index()
+        state, index = read_index(self.folder)
+        dropped["index_damaged"] += state is IndexState.DAMAGED
         self._foreign.sort(key=lambda file: file.mtime_ns)
         mine.sort(key=lambda file: file.mtime_ns)
         while not self._room_for([file.header.slots for file in mine]):
@@ -262,16 +265,6 @@ class NvmeTier(LocalTier):
         foreign = sum(file.full_size + SEGMENT_RESERVE_BYTES for file in self._foreign)
         size = FOLDER_RESERVE_BYTES + self._bytes_for(sum(own), len(own)) + foreign
         return size <= self._config.capacity_bytes
-
-    def _read_index(self) -> IndexFile | None:
-        try:
-            data = (self.folder / INDEX_FILE).read_bytes()
-        except FileNotFoundError:
-            return None
-        index = IndexFile.unpack(data)
-        if index is None:
-            self.telemetry.count("restore_dropped_total", self.name, "index_damaged")
-        return index
 
     # Bytes
 

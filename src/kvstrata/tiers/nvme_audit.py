@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,22 @@ from typing import Any
 from kvstrata.errors import ConfigError
 from kvstrata.table import unix_ms
 from kvstrata.tiers.nvme_folder import (
+    IndexState,
     SegmentFile,
     bytes_on_disk,
     check_format,
     describe_holder,
     is_locked,
+    read_index,
     read_namespaces,
     segment_files,
 )
-from kvstrata.tiers.nvme_format import FORMAT, INDEX_FILE, MARKER_FILE, VERSION, IndexFile, SlotHeader
+from kvstrata.tiers.nvme_format import FORMAT, MARKER_FILE, VERSION, SlotHeader
 from kvstrata.tiers.nvme_scan import SLOTS_PER_TASK, ProgressHook, SlotState, scan_segment
 from kvstrata.transfer.buffers import PAGE
 from kvstrata.transfer.file_io import FileIO
 
 THREADS = 8
-
-
-class IndexState(Enum):
-    """What there is of the index that a clean close leaves."""
-
-    ABSENT = "absent"
-    """A process owns the folder, or the last one ended without closing it."""
-    INTACT = "intact"
-    DAMAGED = "damaged"
 
 
 @dataclass(slots=True)
@@ -109,15 +101,6 @@ def require_folder(folder: Path) -> None:
         raise ConfigError(f"{folder} is not a folder; {advice}")
     if not check_format(folder):
         raise ConfigError(f"{folder} is not a kvstrata folder, it holds no {MARKER_FILE}; {advice}")
-
-
-def read_index(folder: Path) -> tuple[IndexState, IndexFile | None]:
-    """The index of the last clean close. Raises OSError."""
-    try:
-        index = IndexFile.unpack((folder / INDEX_FILE).read_bytes())
-    except FileNotFoundError:
-        return IndexState.ABSENT, None
-    return (IndexState.INTACT if index else IndexState.DAMAGED), index
 
 
 def summarize_folder(folder: Path, progress: ProgressHook, io: FileIO | None = None) -> FolderSummary:

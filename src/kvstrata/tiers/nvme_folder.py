@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kvstrata.tiers.nvme_format import (
     NAMESPACES_FILE,
     SEGMENT_GLOB,
     VERSION,
+    IndexFile,
     SegmentHeader,
     segment_name,
     segment_size,
@@ -172,6 +174,24 @@ def remember_namespace(folder: Path, digest: bytes, fields: Mapping[str, object]
     while len(data := json.dumps(known, indent=1, default=str).encode()) > NAMESPACES_BYTES:
         known.pop(next(iter(known)))
     io.write_file(folder / NAMESPACES_FILE, data)
+
+
+class IndexState(Enum):
+    """What there is of the index that a clean close leaves."""
+
+    ABSENT = "absent"
+    """A process owns the folder, or the last one ended without closing it."""
+    INTACT = "intact"
+    DAMAGED = "damaged"
+
+
+def read_index(folder: Path) -> tuple[IndexState, IndexFile | None]:
+    """The index of the last clean close. Raises OSError."""
+    try:
+        index = IndexFile.unpack((folder / INDEX_FILE).read_bytes())
+    except FileNotFoundError:
+        return IndexState.ABSENT, None
+    return (IndexState.INTACT if index else IndexState.DAMAGED), index
 
 
 @dataclass(frozen=True, slots=True)

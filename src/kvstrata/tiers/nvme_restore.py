@@ -60,9 +60,10 @@ class Restoration:
         counts as colder.
         """
         trusted = self._trusted()
+        indexed = index_entries(self._index.entries) if self._index is not None else []
         known = [
-            (row, replace(entry, slot=trusted[row].first_slot + slot))
-            for row, slot, entry in self._indexed()
+            replace(entry, slot=trusted[row].first_slot + slot)
+            for row, slot, entry in indexed
             if row in trusted
         ]
         first_slots = {segment.first_slot for segment in trusted.values()}
@@ -71,13 +72,11 @@ class Restoration:
         with ThreadPoolExecutor(self._threads, "kvstrata-scan") as pool:
             for segment in unknown:
                 scanned += self._scan(segment, pool)
-        self._count_lost(trusted, scanned)
+        if unknown:
+            self._count_lost(indexed, trusted, scanned)
         scanned.sort(key=lambda entry: entry.sequence)
-        alive = [entry for _, entry in known if not self._expired(entry.expires_ms)]
+        alive = [entry for entry in known if not self._expired(entry.expires_ms)]
         return scanned + alive, bool(trusted) and not unknown
-
-    def _indexed(self) -> list[tuple[int, int, TableEntry]]:
-        return index_entries(self._index.entries) if self._index is not None else []
 
     def _trusted(self) -> dict[int, PlacedSegment]:
         """Row of the index -> segment, for segments that nobody has written to since the index was made."""
@@ -95,14 +94,19 @@ class Restoration:
                 trusted[row] = segment
         return trusted
 
-    def _count_lost(self, trusted: dict[int, PlacedSegment], scanned: list[TableEntry]) -> None:
+    def _count_lost(
+        self,
+        indexed: list[tuple[int, int, TableEntry]],
+        trusted: dict[int, PlacedSegment],
+        scanned: list[TableEntry],
+    ) -> None:
         """Blocks that the index knew in a segment that was changed since, and that are not there now."""
         if self._index is None:
             return
         present = {segment.file.header.segment_id for segment in self._segments}
         rows = self._index.segments["id"].tolist()
         found = {entry.key for entry in scanned}
-        for row, _, entry in self._indexed():
+        for row, _, entry in indexed:
             changed = row not in trusted and rows[row] in present
             self._dropped["slot_lost"] += changed and entry.key not in found
 
