@@ -17,6 +17,7 @@ from kvstrata.config import (
     MemoryTierConfig,
     MetricsConfig,
     NvmeTierConfig,
+    PolicyOptions,
     StoreConfig,
     VllmConfig,
     format_size,
@@ -56,6 +57,8 @@ def another_value(section: str, key: str) -> Any:
     """A good value that is not the default."""
     hint = get_type_hints(SECTIONS[section])[key]
     default = getattr(SECTIONS[section](), key)
+    if hint == PolicyOptions:
+        return {"cms_width": 65_536.0}
     if get_args(hint):
         return next(choice for choice in get_args(hint) if choice != default)
     if hint is bool:
@@ -92,7 +95,7 @@ def test_a_misspelt_key_names_the_nearest(section: str, key: str) -> None:
 @pytest.mark.parametrize("wrong", [[], {}, "no such word", None, 1 << 80], ids=repr)
 def test_a_value_of_a_wrong_type_names_the_key(section: str, key: str, wrong: Any) -> None:
     hint = get_type_hints(SECTIONS[section])[key]
-    if hint is str and isinstance(wrong, str):
+    if (hint is str and isinstance(wrong, str)) or (hint == PolicyOptions and wrong == {}):
         return
     if hint is int and key != "port" and not key.endswith("_bytes") and wrong == 1 << 80:
         return  # a large number is a number
@@ -100,6 +103,12 @@ def test_a_value_of_a_wrong_type_names_the_key(section: str, key: str, wrong: An
         wrong = 1
     with pytest.raises(ConfigError, match=re.escape(f".{key}: ")):
         parse_config(document(section, {key: wrong}))
+
+
+@pytest.mark.parametrize("wrong", ["much", True, float("nan"), float("inf"), [1], None], ids=repr)
+def test_a_policy_option_that_is_no_number_is_named(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape("tier[0].policy_options.age_every: ")):
+        parse_config(document("memory", {"policy_options": {"age_shift": 2, "age_every": wrong}}))
 
 
 @pytest.mark.parametrize(("section", "key"), EVERY_KEY)
@@ -339,7 +348,9 @@ def values_of(section: str) -> st.SearchStrategy[dict[str, Any]]:
     """Some good values for some keys of a section."""
     strategies: dict[str, st.SearchStrategy[Any]] = {}
     for key, hint in get_type_hints(SECTIONS[section]).items():
-        if get_args(hint):
+        if hint == PolicyOptions:
+            strategies[key] = st.dictionaries(st.text(max_size=5), st.floats(-1e6, 1e6), max_size=3)
+        elif get_args(hint):
             strategies[key] = st.sampled_from(get_args(hint))
         elif hint is bool:
             strategies[key] = st.booleans()

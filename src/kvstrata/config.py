@@ -17,7 +17,21 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from kvstrata.errors import ConfigError
 
-Policy = Literal["lru", "arc"]
+Policy = Literal[
+    "lru",
+    "lru_forward",
+    "arc",
+    "twoq",
+    "clock_pro",
+    "lfu_aging",
+    "tinylfu_slru",
+    "s3fifo",
+    "sieve",
+    "mq",
+    "gdsf",
+    "lirs",
+]
+PolicyOptions = Mapping[str, float]
 WriteMode = Literal["back", "through"]
 FullQueue = Literal["drop", "throttle"]
 Sync = Literal["flush", "always"]
@@ -68,6 +82,7 @@ class MemoryTierConfig:
 
     capacity_bytes: int = GIB
     policy: Policy = "lru"
+    policy_options: PolicyOptions = field(default_factory=dict)
     ttl_seconds: float = 0.0
     verify: Verify = "always"
     write_mode: WriteMode = "back"
@@ -83,6 +98,7 @@ class NvmeTierConfig:
     path: str = ""
     capacity_bytes: int = 16 * GIB
     policy: Policy = "lru"
+    policy_options: PolicyOptions = field(default_factory=dict)
     ttl_seconds: float = 0.0
     segment_bytes: int = GIB
     direct_io: bool = True
@@ -220,6 +236,8 @@ def _value(value: Any, hint: Any, key: str, where: str) -> Any:
             return parse_size(value)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
+    if hint == PolicyOptions:
+        return _options(value, where)
     choices = get_args(hint)
     if choices:
         if value not in choices:
@@ -233,6 +251,20 @@ def _value(value: Any, hint: Any, key: str, where: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
     return value
+
+
+def _options(value: Any, where: str) -> dict[str, float]:
+    """A table of numbers; which names a policy has is checked when it is made."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {value!r} is not a table; write for example {{ cms_width = 65536 }}")
+    for name, number in value.items():
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int | float)
+            or not abs(number) < NUMBER_LIMIT
+        ):
+            raise ConfigError(f"{where}.{name}: {number!r} is not a number below {NUMBER_LIMIT}")
+    return {name: float(number) for name, number in value.items()}
 
 
 def _reject_unknown(raw: Mapping[str, Any], known: list[str], source: str, where: str) -> None:

@@ -16,14 +16,14 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvstrata.policies import make_policy
-from kvstrata.policies.lists import Ints
+from kvstrata.policies.lists import Ids
 from kvstrata.types import BlockKey, Lookup
 
 FREE, RESERVED, RESIDENT, GHOST, DOOMED = range(5)
@@ -79,9 +79,10 @@ def unix_ms() -> int:
 
 
 class BlockTable:
-    """slots: places that exist. slot_bytes: charged to the policy per block, whatever its length.
+    """slots: places that exist. slot_bytes: what each takes, whatever the length of its block.
 
-    batch_blocks: largest batch of `record`. clock_ms: Unix milliseconds, for tests.
+    policy, policy_options: a name in `kvstrata.policies.POLICIES`, and its parameters that differ from
+    their defaults. batch_blocks: largest batch of `record`. clock_ms: Unix milliseconds, for tests.
     on_expired: told how many blocks met their TTL, by the caller who found out, outside the lock.
     """
 
@@ -90,6 +91,7 @@ class BlockTable:
         slots: int,
         slot_bytes: int,
         policy: str,
+        policy_options: Mapping[str, float] | None = None,
         *,
         batch_blocks: int = 16_384,
         clock_ms: Callable[[], int] = unix_ms,
@@ -102,7 +104,9 @@ class BlockTable:
         self._on_expired = on_expired
         # Residents and ghosts together are at most two capacities; doomed ids keep their slot.
         max_ids = 3 * slots + batch_blocks
-        self._policy = make_policy(policy, max_ids, slots * slot_bytes)
+        # One slot is the unit of the policy: every block takes one, whatever its length.
+        self._policy = make_policy(policy, max_ids, slots, **(policy_options or {}))
+        self._policy.warm()
         self._lock = threading.Lock()
         self._ids: dict[BlockKey, int] = {}
         self._resident: dict[BlockKey, int] = {}
@@ -114,7 +118,7 @@ class BlockTable:
         self._sequence = np.zeros(max_ids, dtype=np.int64)
         self._expires_ms = np.zeros(max_ids, dtype=np.int64)
         self._pins = np.zeros(max_ids, dtype=np.int32)
-        self._sizes = np.full(max_ids, slot_bytes, dtype=np.int64)
+        self._sizes = np.ones(max_ids, dtype=np.int64)
         self._free_ids = list(range(max_ids - 1, -1, -1))
         self._free_slots = list(range(slots - 1, -1, -1))
         self._withdrawn: list[int] = []
@@ -197,9 +201,7 @@ class BlockTable:
                 if index is None:
                     if not may:
                         continue
-                    index = self._free_ids.pop()
-                    self._ids[key] = index
-                    self._keys[index] = key
+                    index = self._take_id(key)
                 if self._state[index] in (RESERVED, RESIDENT):
                     hits.append(position)
                 elif may:
@@ -208,7 +210,7 @@ class BlockTable:
                 indices.append(index)
                 admitted.append(may)
             _, evicted, forgotten = self._policy.access(
-                np.array(indices, dtype=np.int64),
+                np.array(indices, dtype=np.int32),
                 np.array(admitted, dtype=np.bool_),
                 self._sizes,
                 self._pins,
@@ -240,7 +242,15 @@ class BlockTable:
                 reserved.append(self._placement(position, keys[position], index))
             return Recorded(hits, reserved, refused, left)
 
-    def _leave(self, evicted: Ints, forgotten: Ints) -> int:
+    def _take_id(self, key: BlockKey) -> int:
+        index = self._free_ids.pop()
+        self._ids[key] = index
+        self._keys[index] = key
+        if len(self._policy.digest):
+            self._policy.digest[index] = int.from_bytes(key[:8], "little")
+        return index
+
+    def _leave(self, evicted: Ids, forgotten: Ids) -> int:
         """Take out what the policy evicted and forgot; return how many had a slot."""
         left = 0
         for index in evicted.tolist():
@@ -263,7 +273,7 @@ class BlockTable:
         self._slot[index] = -1
 
     def _forget(self, index: int) -> None:
-        self._policy.remove(np.array([index], dtype=np.int64), self._sizes)
+        self._policy.remove(np.array([index], dtype=np.int32), self._sizes)
 
     def _release(self, index: int) -> None:
         """The id ends here: free its slot and its key, and let the id be used again."""
@@ -379,7 +389,7 @@ class BlockTable:
             return count
 
     def _fit(self) -> int:
-        usable = (self.slots - len(self._withdrawn)) * self.slot_bytes
+        usable = self.slots - len(self._withdrawn)
         evicted, forgotten = self._policy.resize(usable, self._sizes, self._pins)
         return self._leave(evicted, forgotten)
 
@@ -397,10 +407,8 @@ class BlockTable:
             for entry in ordered[max(0, len(ordered) - self.slots) :]:
                 if entry.slot in taken or entry.key in self._ids:
                     continue
-                index = self._free_ids.pop()
-                self._ids[entry.key] = index
-                self._keys[index] = entry.key
-                one = np.array([index], dtype=np.int64)
+                index = self._take_id(entry.key)
+                one = np.array([index], dtype=np.int32)
                 self._policy.access(one, np.ones(1, np.bool_), self._sizes, self._pins, request)
                 if not self._policy.resident(index):
                     self._release(index)
@@ -449,7 +457,7 @@ class BlockTable:
 
     @property
     def capacity_bytes(self) -> int:
-        return self._policy.capacity_bytes
+        return self._policy.capacity * self.slot_bytes
 
     def pinned_blocks(self) -> int:
         with self._lock:
@@ -478,7 +486,7 @@ class BlockTable:
             assert np.all(self._pins >= 0)
             assert not np.any(self._pins[np.isin(states, (FREE, GHOST))])
             listed = int(np.count_nonzero(np.isin(states, (RESERVED, RESIDENT))))
-            assert self._policy.used_bytes == listed * self.slot_bytes
+            assert self._policy.used == listed
             assert len(self._policy.order()) == listed
             assert len(set(self._free_ids)) == len(self._free_ids)
             assert len(self._free_ids) == int(np.count_nonzero(states == FREE))

@@ -45,6 +45,15 @@ def test_a_chain_longer_than_the_cache_keeps_its_root() -> None:
     assert lru.policy.order().tolist() == [2, 1, 0]
 
 
+def test_a_request_does_not_evict_what_it_hit() -> None:
+    lru = CheckedPolicy("lru", 12, 4, [1] * 12)
+    lru.access([0, 1], [True] * 2)
+    lru.access([8, 9], [True] * 2)
+    answer = lru.access([8, 2, 3, 9], [True] * 4)
+    assert answer.hits == [True, False, False, True]
+    assert lru.policy.order().tolist() == [9, 3, 2, 8]
+
+
 def test_a_pinned_leaf_stays_and_the_next_one_goes() -> None:
     lru = CheckedPolicy("lru", 8, 3, [1] * 8)
     lru.access([0, 1, 2], [True] * 3)

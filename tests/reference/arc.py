@@ -77,7 +77,6 @@ class ReferenceArc:
         self.t2: list[Item] = []
         self.b1: list[Item] = []
         self.b2: list[Item] = []
-        self.last_request: dict[Item, int] = {}
 
     def _victim(self, resident: list[Item], stays: Any) -> Item | None:
         return next((item for item in resident if not stays(item)), None)
@@ -108,33 +107,22 @@ class ReferenceArc:
     def access(
         self, items: Sequence[Item], admit: Sequence[bool], sizes: Any, pins: Any, request: int
     ) -> Answer:
-        hits = [self.resident(item) for item in items]
-        own = {item for item, hit in zip(items, hits, strict=True) if hit}
+        hits: list[bool] = []
         evicted: list[Item] = []
         forgotten: list[Item] = []
-
-        def stays(item: Item) -> bool:
-            return bool(pins[item]) or item in own
-
         for item, may in zip(items, admit, strict=True):
-            if item in own:
-                source = self.t1 if item in self.t1 else self.t2
-                source.remove(item)
-                same_reference = self.last_request[item] == request
-                (source if same_reference else self.t2).append(item)
-                self.last_request[item] = request
-                continue
-            if not may or sizes[item] > self.capacity:
-                continue
-            self._enter(item, request, sizes, stays, evicted, forgotten)
+            hits.append(self.resident(item))
+            if hits[-1]:
+                (self.t1 if item in self.t1 else self.t2).remove(item)
+                self.t2.append(item)
+            elif may and sizes[item] <= self.capacity:
+                self._enter(item, sizes, lambda other: bool(pins[other]), evicted, forgotten)
         self._trim(sizes, 0, forgotten, "b1")
         self._trim(sizes, 0, forgotten, "b2")
-        # Only what is unknown in the end is forgotten, and it is forgotten once.
-        gone = [item for item in dict.fromkeys(forgotten) if not self.known(item)]
-        return Answer(hits, evicted, gone)
+        return Answer(hits, evicted, forgotten)
 
     def _enter(
-        self, item: Item, request: int, sizes: Any, stays: Any, evicted: list[Item], forgotten: list[Item]
+        self, item: Item, sizes: Any, stays: Any, evicted: list[Item], forgotten: list[Item]
     ) -> None:
         size = int(sizes[item])
         was_b1, was_b2 = item in self.b1, item in self.b2
@@ -163,7 +151,6 @@ class ReferenceArc:
             if item in ghosts:
                 ghosts.remove(item)
         (self.t2 if was_b1 or was_b2 else self.t1).append(item)
-        self.last_request[item] = request
 
     def remove(self, items: Sequence[Item]) -> None:
         for item in items:

@@ -1,7 +1,8 @@
-"""Leaf-first LRU from its definition: every resident item has the time of its last touch.
+"""LRU from its definition, leaf first and plain: every resident item has the time of its last touch.
 
-A request touches its items from the last to the first. The resident items of the request are out of
-reach until the request has touched them; otherwise the unpinned item with the oldest touch leaves.
+Leaf first, a request touches its items from the last to the first. The resident items of the request
+are out of reach until the request has touched them; otherwise the unpinned item with the oldest touch
+leaves.
 """
 
 from __future__ import annotations
@@ -67,3 +68,18 @@ class ReferenceLru:
 
     def order(self) -> list[Item]:
         return sorted(self.touched, key=self.touched.__getitem__)
+
+
+class ReferenceLruForward(ReferenceLru):
+    """Plain: the items one after another, nothing out of reach."""
+
+    def access(
+        self, items: Sequence[Item], admit: Sequence[bool], sizes: Any, pins: Any, request: int
+    ) -> Answer:
+        hits: list[bool] = []
+        evicted: list[Item] = []
+        for item, may in zip(items, admit, strict=True):
+            answer = super().access([item], [may], sizes, pins, request)
+            hits += answer.hits
+            evicted += answer.evicted
+        return Answer(hits, evicted, list(evicted))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from kvstrata.policies import POLICIES
 from kvstrata.table import Placement, Recorded, TableEntry
 from kvstrata.types import BlockKey, Lookup
 from reference import REFERENCES
@@ -58,7 +59,7 @@ class TableModel:
     def __init__(self, slots: int, slot_bytes: int, policy: str) -> None:
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self.policy = REFERENCES[policy](slots * slot_bytes)
+        self.policy = REFERENCES[policy](slots)
         self.blocks: dict[BlockKey, Block] = {}
         """By key: reserved and resident ones."""
         self.doomed: list[Block] = []
@@ -67,7 +68,9 @@ class TableModel:
         self.now_ms = 1_000
         self.next_sequence = 1
         self.expired = 0
-        self.sizes = _Always(slot_bytes)
+        self.sizes = _Always(1)
+        self.counts_repeats = POLICIES[policy].COUNTS_REPEATS
+        self.last_request: dict[Item, int] = {}
 
     # What is there
 
@@ -112,10 +115,19 @@ class TableModel:
         hits = [key for key in chain if key in self.blocks]
         fresh = [key for key in chain if key not in self.blocks and may[key]]
         told = [key for key in chain if may[key] or key in self.blocks or self.policy.known(key)]
+        if not self.counts_repeats:
+            told = [
+                key
+                for key in told
+                if self.last_request.get(key) != request or not self.policy.resident(key)
+            ]
+        self.last_request |= dict.fromkeys(told, request)
         result = self.policy.access(
             told, [may[key] for key in told], self.sizes, _Pins(self.blocks), request
         )
-        left = [key for key in result.evicted if key in self.blocks]
+        # What left and came back within the call keeps its slot and its bytes.
+        gone = dict.fromkeys(key for key in result.evicted if not self.policy.resident(key))
+        left = [key for key in gone if key in self.blocks]
         for key in left:
             block = self.blocks.pop(key)  # type: ignore[call-overload]
             assert block.phase is Phase.RESIDENT and block.pins == 0
@@ -197,7 +209,7 @@ class TableModel:
         return count
 
     def _fit(self) -> int:
-        result = self.policy.resize(self.capacity_bytes, self.sizes, _Pins(self.blocks))
+        result = self.policy.resize(self.slots - len(self.withdrawn), self.sizes, _Pins(self.blocks))
         for key in result.evicted:
             block = self.blocks.pop(key)  # type: ignore[call-overload]
             assert block.pins == 0

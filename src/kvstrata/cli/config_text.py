@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, get_args, get_type_hints
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kvstrata.config import Config, MemoryTierConfig, TierConfig
 
@@ -15,6 +16,7 @@ WORDS: dict[str, dict[str, str]] = {
     "memory": {
         "capacity_bytes": "bound of this tier; memory is taken as it fills",
         "policy": "who leaves when it is full",
+        "policy_options": "parameters of the policy that differ from their defaults",
         "ttl_seconds": "blocks older than this are misses; 0: no limit",
         "verify": "check the checksum on every read from memory",
         "write_mode": "the tier below gets a block later, or before the save is done",
@@ -24,6 +26,7 @@ WORDS: dict[str, dict[str, str]] = {
         "path": "folder of this tier, for one process; on a local NVMe disk",
         "capacity_bytes": "bound of the whole folder on disk, with everything the tier writes",
         "policy": "who leaves when it is full",
+        "policy_options": "parameters of the policy that differ from their defaults",
         "ttl_seconds": "blocks older than this are misses; 0: no limit",
         "segment_bytes": "size of one file; the disk's space is taken file by file, when needed",
         "direct_io": "read and write past the page cache (O_DIRECT) where the file system can",
@@ -94,10 +97,10 @@ def _lines(section: Any, name: str) -> list[str]:
     hints = get_type_hints(type(section))
     pairs = []
     for key in (field.name for field in dataclasses.fields(section)):
-        choices = get_args(hints[key])
         words = WORDS[name][key]
-        if choices:
-            words += f" ({' or '.join(map(_text, choices))})"
+        if get_origin(hints[key]) is Literal:
+            choices = list(map(_text, get_args(hints[key])))
+            words += f" ({', '.join(choices[:-1])} or {choices[-1]})"
         pairs.append((f"{key} = {_value(key, getattr(section, key))}", words))
     width = max(len(setting) for setting, _ in pairs)
     return [f"{setting:<{width}}  # {words}" for setting, words in pairs]
@@ -108,6 +111,9 @@ def _value(key: str, value: Any) -> str:
         exact = [(value // size, unit) for unit, size in _SIZES.items() if value and value % size == 0]
         if exact:
             return _text("{}{}".format(*min(exact)))
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{_text(name)} = {number}" for name, number in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     return _text(value) if isinstance(value, str) else json.dumps(value)
 
 

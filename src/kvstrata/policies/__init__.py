@@ -5,12 +5,17 @@ from __future__ import annotations
 from kvstrata.policies.arc import Arc
 from kvstrata.policies.base import Policy
 from kvstrata.policies.lru import Lru
+from kvstrata.policies.lru_forward import LruForward
 
 __all__ = ["POLICIES", "Policy", "make_policy"]
 
-POLICIES: dict[str, type[Policy]] = {"arc": Arc, "lru": Lru}
+POLICIES: dict[str, type[Policy]] = {
+    "arc": Arc,
+    "lru": Lru,
+    "lru_forward": LruForward,
+}
 
 
-def make_policy(name: str, max_ids: int, capacity_bytes: int) -> Policy:
+def make_policy(name: str, max_ids: int, capacity: int, **knobs: float) -> Policy:
     """A policy by its name in the configuration (`POLICIES` lists them)."""
-    return POLICIES[name](max_ids, capacity_bytes)
+    return POLICIES[name](max_ids, capacity, **knobs)

@@ -3,7 +3,8 @@
 A request touches its blocks from the tail to the root, so that a block is always at least as recent
 as everything below it: leaves leave before their parents, and no resident child is stranded behind a
 missing parent. While a request is being placed, its resident blocks are held out of the list, so that
-a request never evicts its own prefix to make room for its tail. (Plain LRU: Denning, CACM 1968.)
+a request never evicts its own prefix to make room for its tail. (Plain LRU: Denning, "The working set
+model for program behavior", CACM 1968; the order within a request is ours.)
 """
 
 from __future__ import annotations
@@ -12,32 +13,38 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvstrata.policies.base import Flags, Pins, Places, Policy
+from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import (
-    Ints,
+    NEXT,
+    PREV,
+    Ids,
+    Links,
     coldest_unpinned,
     make_rings,
     push_recent,
-    ring_order,
+    push_run,
+    rings_in_order,
     unlink,
+    unlink_run,
 )
 
-LISTED, HELD = 1, 2
+LISTED = 1
 USED, CAPACITY = 0, 1
+NOTHING = -1
 
 
 @kernel
-def _evict_until(
-    needed: int, sentinel: int, prev: Ints, nxt: Ints, where: Places, state: Ints, sizes: Ints,
-    pins: Pins, evicted: Ints, count: int,
-) -> int:  # fmt: skip
-    """Evict cold ids until `needed` bytes fit or nothing may leave; return the new count of evicted."""
+def evict_until(
+    needed: int, links: Links, where: Places, state: Ints, sizes: Ints, pins: Pins, evicted: Ids, count: int
+) -> int:
+    """Evict cold ids until `needed` more fits or nothing may leave; return the new count of evicted."""
+    sentinel = len(where)
     while state[USED] + needed > state[CAPACITY]:
-        victim = coldest_unpinned(prev, pins, sentinel)
+        victim = coldest_unpinned(links, pins, sentinel)
         if victim < 0:
             break
-        unlink(prev, nxt, victim)
+        unlink(links, victim)
         where[victim] = 0
         state[USED] -= sizes[victim]
         evicted[count] = victim
@@ -46,88 +53,127 @@ def _evict_until(
 
 
 @kernel
+def _hold_hits(
+    first: int, end: int, ids: Ids, links: Links, where: Places, outcome: Outcomes
+) -> tuple[int, int]:
+    """Take the resident blocks of ids[first:end] out of the list, a run of neighbours at a time.
+
+    The runs form a stack in their own free links: the PREV of a run's head is the start of the run
+    before it, the NEXT of its tail the end of that run. Returns start and end of the last one.
+    """
+    start = NOTHING
+    stop = NOTHING
+    position = first
+    while position < end:
+        head = ids[position]
+        if where[head] != LISTED:
+            outcome[position] = MISS
+            position += 1
+            continue
+        run = position
+        tail = head
+        outcome[position] = HIT
+        position += 1
+        while position < end and links[tail, NEXT] == ids[position]:
+            tail = ids[position]
+            outcome[position] = HIT
+            position += 1
+        unlink_run(links, head, tail)
+        links[head, PREV] = start
+        links[tail, NEXT] = stop
+        start = run - first
+        stop = position - first
+    return start, stop
+
+
+@kernel
 def _access(
-    ids: Ints, admit: Flags, sizes: Ints, pins: Pins, prev: Ints, nxt: Ints, where: Places,
-    state: Ints, hit: Flags, evicted: Ints,
+    ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins, links: Links, where: Places,
+    state: Ints, outcome: Outcomes, evicted: Ids,
 ) -> int:  # fmt: skip
     sentinel = len(where)
-    for position in range(len(ids)):
-        index = ids[position]
-        hit[position] = where[index] == LISTED
-        if where[index] == LISTED:
-            unlink(prev, nxt, index)
-            where[index] = HELD
     count = 0
-    for position in range(len(ids) - 1, -1, -1):
-        index = ids[position]
-        if where[index] != HELD:
-            size = sizes[index]
-            if not admit[position] or size > state[CAPACITY]:
-                continue
-            count = _evict_until(size, sentinel, prev, nxt, where, state, sizes, pins, evicted, count)
-            if state[USED] + size > state[CAPACITY]:
-                continue
-            state[USED] += size
-        push_recent(prev, nxt, sentinel, index)
-        where[index] = LISTED
+    for request in range(len(starts) - 1):
+        first = starts[request]
+        end = starts[request + 1]
+        start, stop = _hold_hits(first, end, ids, links, where, outcome)
+        position = end
+        while True:
+            misses_from = first if start < 0 else first + stop
+            while position > misses_from:
+                position -= 1
+                index = ids[position]
+                size = sizes[index]
+                if not admit[position] or size > state[CAPACITY]:
+                    continue
+                if state[USED] + size > state[CAPACITY]:
+                    count = evict_until(size, links, where, state, sizes, pins, evicted, count)
+                    if state[USED] + size > state[CAPACITY]:
+                        continue
+                state[USED] += size
+                push_recent(links, sentinel, index)
+                where[index] = LISTED
+                outcome[position] = ADMITTED
+            if start < 0:
+                break
+            head = ids[first + start]
+            tail = ids[first + stop - 1]
+            position = first + start
+            start = links[head, PREV]
+            stop = links[tail, NEXT]
+            push_run(links, sentinel, head, tail)
     return count
 
 
 @kernel
-def _remove(ids: Ints, sizes: Ints, prev: Ints, nxt: Ints, where: Places, state: Ints) -> None:
+def remove_listed(ids: Ids, sizes: Ints, links: Links, where: Places, state: Ints) -> None:
     for index in ids:
         if where[index] == LISTED:
-            unlink(prev, nxt, index)
+            unlink(links, index)
             where[index] = 0
             state[USED] -= sizes[index]
 
 
-class Lru(Policy):
-    """Leaf-first LRU; remembers nothing of what left."""
+class OneList(Policy):
+    """What is resident lies in one list, and nothing is remembered of what left."""
 
-    name: ClassVar[str] = "lru"
+    COUNTS_REPEATS: ClassVar[bool] = True
 
-    def __init__(self, max_ids: int, capacity_bytes: int) -> None:
-        self._prev, self._next = make_rings(max_ids, 1)
-        self._state = np.zeros(2, dtype=np.int64)
-        super().__init__(max_ids, capacity_bytes)
+    def _make(self, capacity: int) -> None:
+        self._links = make_rings(self.max_ids, 1)
+        self._state = np.array([0, capacity], dtype=np.int64)
 
     @property
-    def capacity_bytes(self) -> int:
+    def capacity(self) -> int:
         return int(self._state[CAPACITY])
 
     @property
-    def used_bytes(self) -> int:
+    def used(self) -> int:
         return int(self._state[USED])
 
-    def _set_capacity(self, capacity_bytes: int) -> None:
-        self._state[CAPACITY] = capacity_bytes
+    def remove(self, ids: Ids, sizes: Ints) -> None:
+        remove_listed(ids, sizes, self._links, self.where, self._state)
 
-    def access(
-        self, ids: Ints, admit: Flags, sizes: Ints, pins: Pins, request: int
-    ) -> tuple[Flags, Ints, Ints]:
+    def _resize(
+        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
+    ) -> tuple[int, int]:
+        self._state[CAPACITY] = capacity
+        return evict_until(0, self._links, self.where, self._state, sizes, pins, evicted, 0), 0
+
+    def order(self) -> Ids:
+        return rings_in_order(self._links, self.max_ids, 0)
+
+
+class Lru(OneList):
+    """Leaf-first LRU."""
+
+    name: ClassVar[str] = "lru"
+
+    def _run(
+        self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
+        outcome: Outcomes, evicted: Ids, forgotten: Ids,
+    ) -> tuple[int, int]:  # fmt: skip
         count = _access(
-            ids, admit, sizes, pins, self._prev, self._next, self.where, self._state,
-            self._hit, self._evicted,
-        )  # fmt: skip
-        evicted = self._evicted[:count]
-        return self._hit[: len(ids)], evicted, evicted
-
-    def remove(self, ids: Ints, sizes: Ints) -> None:
-        _remove(ids, sizes, self._prev, self._next, self.where, self._state)
-
-    def resize(self, capacity_bytes: int, sizes: Ints, pins: Pins) -> tuple[Ints, Ints]:
-        self._set_capacity(capacity_bytes)
-        count = _evict_until(
-            0, self.max_ids, self._prev, self._next, self.where, self._state, sizes, pins,
-            self._evicted, 0,
-        )  # fmt: skip
-        evicted = self._evicted[:count]
-        return evicted, evicted
-
-    def resident(self, index: int) -> bool:
-        return bool(self.where[index] == LISTED)
-
-    def order(self) -> Ints:
-        out = np.zeros(self.max_ids, dtype=np.int64)
-        return out[: ring_order(self._prev, self.max_ids, out)]
+            ids, starts, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted
+        )
+        return count, 0

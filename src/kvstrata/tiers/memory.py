@@ -48,6 +48,7 @@ class MemoryTier(LocalTier):
             self._slots,
             self._slot_bytes,
             self._config.policy,
+            self._config.policy_options,
             batch_blocks=self._batch_blocks,
             on_expired=lambda count: self.telemetry.count("expired_total", self.name, by=count),
         )

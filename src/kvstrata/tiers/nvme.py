@@ -222,6 +222,7 @@ class NvmeTier(LocalTier):
             self._slots,
             self._stride,
             self._config.policy,
+            self._config.policy_options,
             batch_blocks=self._store.batch_blocks,
             on_expired=lambda count: self.telemetry.count("expired_total", self.name, by=count),
         )

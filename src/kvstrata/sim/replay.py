@@ -1,0 +1,123 @@
+"""One trace through one policy: the kernels of the live store, fed in batches of whole requests.
+
+Everything may enter and nothing is pinned, as in a store whose writes and reads take no time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from kvstrata.errors import ConfigError
+from kvstrata.policies import POLICIES, make_policy
+from kvstrata.policies.base import Ints, Policy
+from kvstrata.policies.belady import Belady, Future
+from kvstrata.policies.lists import Ids
+from kvstrata.sim.capacity import Capacity, Footprint
+from kvstrata.sim.metrics import Counts, RunResult, result_of
+from kvstrata.traces.trace import Trace, TraceSource
+
+BATCH_ACCESSES = 1 << 18
+"""Accesses per kernel call: their outcomes stay in the processor's cache until they are counted."""
+
+SIMULATED = (*sorted(POLICIES), "belady")
+"""Every policy that can be simulated."""
+
+
+class Workload:
+    """A trace made ready for many replays: its footprint, sizes and, for the oracle, its future."""
+
+    def __init__(self, source: TraceSource, name: str | None = None) -> None:
+        self.source = source
+        self.head = source.head
+        self.name = name or source.head.name
+        self._future: Future | None = None
+        self._sizes: Ints | None = None
+        uniform = self.head.block_bytes
+        if uniform:
+            total = self.head.unique * uniform
+        else:
+            self._sizes = _sizes(source)
+            total = int(self._sizes.sum())
+        self.footprint = Footprint(self.head.unique, total, uniform)
+
+    def sizes(self) -> Ints:
+        """Per id, in the unit of `Capacity.units`."""
+        if self._sizes is None:
+            self._sizes = np.ones(self.head.unique, dtype=np.int64)
+        return self._sizes
+
+    def future(self) -> Future:
+        """What the oracle knows. Needs all accesses in memory: 12 bytes for each."""
+        if self._future is None:
+            self._future = Future(*_whole(self.source))
+        return self._future
+
+
+def _sizes(source: TraceSource) -> Ints:
+    if isinstance(source, Trace):
+        return source.size
+    sizes = np.zeros(source.head.unique, dtype=np.int64)
+    for batch in source.batches():
+        sizes[batch.ids] = batch.sizes
+    return sizes
+
+
+def _whole(source: TraceSource) -> tuple[Ids, Ids]:
+    """All ids in order, and the depth of every id."""
+    if isinstance(source, Trace):
+        return source.ids, source.depth
+    ids = np.zeros(source.head.accesses, dtype=np.int32)
+    depth = np.zeros(source.head.unique, dtype=np.int32)
+    end = 0
+    for batch in source.batches():
+        ids[end : end + len(batch.ids)] = batch.ids
+        depth[batch.ids] = batch.depths
+        end += len(batch.ids)
+    return ids, depth
+
+
+def make_simulated(workload: Workload, policy: str, capacity: Capacity, **params: float) -> Policy | Belady:
+    """A policy, or the oracle, for the ids of a workload. Raises ConfigError."""
+    if policy == Belady.name:
+        if params:
+            raise ConfigError(f"policy belady: no parameter {min(params)!r}; it has none")
+        made: Policy | Belady = Belady(workload.future(), capacity.units)
+    elif policy in POLICIES:
+        made = make_policy(policy, workload.head.unique, capacity.units, **params)
+    else:
+        raise ConfigError(f"policy {policy!r} is not known; known: {', '.join(SIMULATED)}")
+    made.warm()
+    return made
+
+
+def simulate(
+    workload: Workload, policy: str, capacity: Capacity, params: Mapping[str, float] | None = None
+) -> RunResult:
+    """Replay the whole trace. params: the policy's parameters that differ from their defaults."""
+    simulated = make_simulated(workload, policy, capacity, **(params or {}))
+    sizes = workload.sizes()
+    counts = Counts(workload.head.unique, workload.head.block_bytes)
+    seconds = 0.0
+    for batch in workload.source.batches(BATCH_ACCESSES):
+        started = time.perf_counter()
+        outcome = simulated.replay(batch.ids, batch.starts, sizes)
+        counts.add(outcome, batch.starts, batch.ids, sizes)
+        seconds += time.perf_counter() - started
+    if isinstance(simulated, Belady):
+        resident, used_params = simulated.resident_count(), dict[str, float]()
+    else:
+        resident, used_params = int(np.count_nonzero(simulated.where > 0)), dict(simulated.knobs)
+    return result_of(
+        counts,
+        trace=workload.name,
+        policy=policy,
+        params=used_params,
+        capacity=capacity,
+        unique_blocks=workload.head.unique,
+        block_tokens=workload.head.block_tokens,
+        resident=resident,
+        seconds=seconds,
+    )
