@@ -16,6 +16,7 @@ from kvstrata.cli.init import init
 from kvstrata.cli.inspect import inspect
 from kvstrata.cli.output import one_line
 from kvstrata.cli.stats import stats
+from kvstrata.cli.trace import app as trace
 from kvstrata.cli.verify import verify
 from kvstrata.cli.vllm_config import vllm_config
 from kvstrata.errors import KVStrataError
@@ -68,6 +69,7 @@ app = typer.Typer(
 )
 for _command in (init, inspect, verify, stats, vllm_config):
     app.command(_command.__name__.replace("_", "-"))(_command)
+app.add_typer(trace)
 
 
 @app.callback(invoke_without_command=True)

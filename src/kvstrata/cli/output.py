@@ -79,8 +79,9 @@ def format_age(seconds: float) -> str:
 class SlotProgress:
     """A progress bar on stderr for what takes longer than two seconds; only where a person watches."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, unit: str = "slots") -> None:
         self._title = title
+        self._unit = unit
         self._show_at = time.monotonic() + PROGRESS_AFTER_SECONDS
         self._bar: Progress | None = None
 
@@ -108,7 +109,7 @@ class SlotProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("slots"),
+            TextColumn(self._unit),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,

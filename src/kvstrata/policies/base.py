@@ -65,6 +65,13 @@ def mixed(ids: NDArray[np.integer]) -> Digests:
     return x ^ (x >> np.uint64(31))
 
 
+def check_knobs(policy: str, known: Mapping[str, float], given: Mapping[str, float]) -> None:
+    """Raises ConfigError for a parameter that the policy does not have."""
+    for name in sorted(set(given) - set(known)):
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"policy {policy}: no parameter {name!r}; {has}")
+
+
 class Policy(ABC):
     """max_ids: ids are 0..max_ids-1. capacity: bound on the sizes of all resident ids, in their unit.
 
@@ -80,10 +87,7 @@ class Policy(ABC):
     """May the kernel see a second touch within one request? Where order alone counts it should."""
 
     def __init__(self, max_ids: int, capacity: int, **knobs: float) -> None:
-        unknown = sorted(set(knobs) - set(self.KNOBS))
-        if unknown:
-            has = f"it has {', '.join(self.KNOBS)}" if self.KNOBS else "it has none"
-            raise ConfigError(f"policy {self.name}: no parameter {unknown[0]!r}; {has}")
+        check_knobs(self.name, self.KNOBS, knobs)
         self.max_ids = max_ids
         self.knobs: dict[str, float] = {**self.KNOBS, **knobs}
         self.where = np.zeros(max_ids, dtype=np.int8)
@@ -195,6 +199,11 @@ class Policy(ABC):
     def resident(self, index: int) -> bool:
         """Is this id resident?"""
         return bool(self.where[index] > 0)
+
+    @property
+    def resident_blocks(self) -> int:
+        """How many ids are resident. Costs a pass over all."""
+        return int(np.count_nonzero(self.where > 0))
 
     def _make_buffers(self, accesses: int) -> None:
         if len(self._outcome) < accesses:

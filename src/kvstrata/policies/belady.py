@@ -1,9 +1,10 @@
 """The oracle: evict what will be used last of all, deepest first among what is never used again.
 
 Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 1966
-(MIN), with bypass: a newcomer that would be used later than everything resident does not enter (with
-forced entry a chain would lose its own root to its tail). Needs the whole future, so it runs in the
-simulator only. With sizes that differ it evicts in the same order, which is no longer the optimum.
+(MIN). Needs the whole future, so it runs in the simulator only. MIN makes every newcomer enter; here one
+that would be used later than everything resident stays out where it could only push out a block of its
+own request, else a chain would lose its root to its tail. `forced` = 1 is MIN without that exception.
+With sizes that differ it evicts in the same order, which is no longer the optimum.
 
 Every access has a key: the position of the next access of its block. A block that is never used again
 has a key beyond all positions, larger for deeper blocks. Keys are unique, a resident block's key is where
@@ -14,6 +15,7 @@ bit that is set, the victim is the highest bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +25,7 @@ from kvstrata.policies.base import ADMITTED, HIT, MISS, Ints, Outcomes
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import Ids
 
-USED, CAPACITY, RESIDENT = 0, 1, 2
+USED, CAPACITY, RESIDENT, FORCED = 0, 1, 2, 3
 ONE = np.uint64(1)
 LOW_SIX = np.uint64(63)
 SIX = np.uint64(6)
@@ -88,11 +90,14 @@ def _highest(words: Words, offsets: Ints) -> np.int64:
 
 @kernel
 def _access(
-    begin: int, end: int, ids: Ids, sizes: Ints, keys: Ints, never: Ids, words: Words, offsets: Ints,
-    state: Ints, outcome: Outcomes,
+    begin: int, starts: Ints, ids: Ids, depth: Ids, sizes: Ints, keys: Ints, never: Ids, words: Words,
+    offsets: Ints, state: Ints, outcome: Outcomes,
 ) -> None:  # fmt: skip
     accesses = len(ids)
-    for position in range(begin, end):
+    request = 0
+    for position in range(begin, begin + starts[-1]):
+        while position - begin >= starts[request + 1]:
+            request += 1
         key = keys[position]
         if words[position >> 6] >> np.uint64(position & 63) & ONE:
             _clear(words, offsets, position)
@@ -105,10 +110,12 @@ def _access(
             continue
         while state[USED] + size > state[CAPACITY]:
             highest = _highest(words, offsets)
-            if highest < key:
-                break
-            _clear(words, offsets, highest)
             victim = ids[highest] if highest < accesses else never[highest - accesses]
+            if highest < key and not state[FORCED]:
+                same = begin + starts[request] + depth[victim]
+                if same < position and ids[same] == victim:
+                    break
+            _clear(words, offsets, highest)
             state[USED] -= sizes[victim]
             state[RESIDENT] -= 1
         if state[USED] + size <= state[CAPACITY]:
@@ -128,6 +135,7 @@ class Future:
         accesses, unique = len(ids), len(depth)
         latest = np.full(unique, -1, dtype=np.int64)
         self.ids = ids
+        self.depth = depth
         self.keys = np.zeros(accesses, dtype=np.int64)
         _link(ids, latest, self.keys)
         self.never = np.argsort(depth, kind="stable").astype(np.int32)
@@ -141,38 +149,39 @@ class Future:
 
 
 class Belady:
-    """Replays the accesses of a `Future` in order, some at a time."""
+    """Replays the requests of a `Future` in order, some at a time. forced: see the head of this file."""
 
     name: ClassVar[str] = "belady"
+    KNOBS: ClassVar[Mapping[str, float]] = {"forced": 0}
 
-    def __init__(self, future: Future, capacity: int) -> None:
+    def __init__(self, future: Future, capacity: int, *, forced: float = 0) -> None:
         self._future = future
         self._words = np.zeros(future.words, dtype=np.uint64)
-        self._state = np.array([0, capacity, 0], dtype=np.int64)
+        self._state = np.array([0, capacity, 0, forced != 0], dtype=np.int64)
         self._position = 0
+        self.knobs: dict[str, float] = {"forced": float(forced)}
 
     @property
     def used(self) -> int:
         """Sum of the sizes of all resident ids."""
         return int(self._state[USED])
 
+    @property
+    def resident_blocks(self) -> int:
+        return int(self._state[RESIDENT])
+
     def replay(self, ids: Ids, starts: Ints, sizes: Ints) -> Outcomes:
-        """As `Policy.replay`; ids must be the next ones of the future."""
-        end = self._position + len(ids)
+        """As `Policy.replay`; ids must be the next whole requests of the future."""
         outcome = np.zeros(len(ids), dtype=np.int8)
         future = self._future
         _access(
-            self._position, end, future.ids, sizes, future.keys, future.never, self._words,
-            future.offsets, self._state, outcome,
+            self._position, starts, future.ids, future.depth, sizes, future.keys, future.never,
+            self._words, future.offsets, self._state, outcome,
         )  # fmt: skip
-        self._position = end
+        self._position += len(ids)
         return outcome
 
     def warm(self) -> None:
         """Load or compile the kernel."""
         none = np.zeros(0, dtype=np.int64)
-        self.replay(none.astype(np.int32), none, none)
-
-    def resident_count(self) -> int:
-        """Blocks that are resident."""
-        return int(self._state[RESIDENT])
+        self.replay(none.astype(np.int32), np.zeros(1, dtype=np.int64), none)

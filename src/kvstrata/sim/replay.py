@@ -12,7 +12,7 @@ import numpy as np
 
 from kvstrata.errors import ConfigError
 from kvstrata.policies import POLICIES, make_policy
-from kvstrata.policies.base import Ints, Policy
+from kvstrata.policies.base import Ints, Policy, check_knobs
 from kvstrata.policies.belady import Belady, Future
 from kvstrata.policies.lists import Ids
 from kvstrata.sim.capacity import Capacity, Footprint
@@ -82,9 +82,8 @@ def _whole(source: TraceSource) -> tuple[Ids, Ids]:
 def make_simulated(workload: Workload, policy: str, capacity: Capacity, **params: float) -> Policy | Belady:
     """A policy, or the oracle, for the ids of a workload. Raises ConfigError."""
     if policy == Belady.name:
-        if params:
-            raise ConfigError(f"policy belady: no parameter {min(params)!r}; it has none")
-        made: Policy | Belady = Belady(workload.future(), capacity.units)
+        check_knobs(policy, Belady.KNOBS, params)
+        made: Policy | Belady = Belady(workload.future(), capacity.units, **params)
     elif policy in POLICIES:
         made = make_policy(policy, workload.head.unique, capacity.units, **params)
     else:
@@ -106,18 +105,14 @@ def simulate(
         outcome = simulated.replay(batch.ids, batch.starts, sizes)
         counts.add(outcome, batch.starts, batch.ids, sizes)
         seconds += time.perf_counter() - started
-    if isinstance(simulated, Belady):
-        resident, used_params = simulated.resident_count(), dict[str, float]()
-    else:
-        resident, used_params = int(np.count_nonzero(simulated.where > 0)), dict(simulated.knobs)
     return result_of(
         counts,
         trace=workload.name,
         policy=policy,
-        params=used_params,
+        params=simulated.knobs,
         capacity=capacity,
         unique_blocks=workload.head.unique,
         block_tokens=workload.head.block_tokens,
-        resident=resident,
+        resident=simulated.resident_blocks,
         seconds=seconds,
     )

@@ -78,15 +78,14 @@ def block_ids(record: Record, name: str) -> NDArray[np.int64] | NDArray[np.uint6
     values = items(record, name)
     if not values:
         return np.zeros(0, np.int64)
-    try:
-        ids = np.array(values)
-    except ValueError:
-        ids = np.zeros(1)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{name} is no list of integers of 64 bits")
+    if not set(map(type, values)) <= {int}:
+        raise ValueError(f"{name} is no list of integers")
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a block twice")
-    return ids
+    try:
+        return np.array(values, np.uint64 if max(values) >= 1 << 63 else np.int64)
+    except OverflowError as why:
+        raise ValueError(f"{name} is no list of integers of 64 bits") from why
 
 
 def _wrong(name: str, value: object, wanted: str) -> str:

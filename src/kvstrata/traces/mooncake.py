@@ -1,7 +1,8 @@
 """Mooncake traces: JSON lines of {timestamp, input_length, output_length, hash_ids}.
 
 An id is a prefix hash, so equal ids are equal prefixes in the whole file. The last block of a request may
-be partial and is charged as a whole one. The file knows no sessions, tenants or models.
+be partial and is charged as a whole one, or left out (engines cache full blocks only). The file knows no
+sessions, tenants or models.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ def read(
     block_tokens: int = BLOCK_TOKENS,
     block_bytes: int | None = None,
     bytes_per_token: int = DEFAULT_BYTES_PER_TOKEN,
+    full_blocks: bool = False,
     skip_bad: bool = False,
 ) -> Trace:
     """The trace in a Mooncake file.
 
     block_tokens: tokens of a block; the format has 512 and does not say so. block_bytes: size of every
-    block; None is block_tokens x bytes_per_token.
+    block; None is block_tokens x bytes_per_token. full_blocks: leave out the last block of a request
+    where the input does not fill it.
 
     Raises TraceFormatError, naming file and line, for a record that cannot be read (skip_bad passes over
     those), and where most requests do not have the number of ids that block_tokens makes.
@@ -55,9 +58,11 @@ def read(
         except ValueError as why:
             bad.bad(path, line, str(why))
             continue
-        builder.add(time_s, ids, input_tokens=input_tokens, output_tokens=output_tokens)
         if input_tokens is not None and abs(len(ids) * block_tokens - input_tokens) >= block_tokens:
             other_lengths += 1
+        if full_blocks and input_tokens is not None:
+            ids = ids[: input_tokens // block_tokens]
+        builder.add(time_s, ids, input_tokens=input_tokens, output_tokens=output_tokens)
     if other_lengths * 2 > builder.requests:
         raise TraceFormatError(
             f"{path}: {other_lengths} of {builder.requests} requests have another number of hash_ids than "

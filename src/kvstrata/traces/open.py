@@ -32,6 +32,7 @@ class OpenOptions:
     seed: int = 1
     mean_arrival_s: float = stream.MEAN_ARRIVAL_S
     block_tokens: int | None = None
+    full_blocks: bool = False
     csv_columns: str | None = None
     path_prefix: str | None = None
     progress: Progress | None = None
@@ -59,6 +60,7 @@ def _open_mooncake(path: Path, options: OpenOptions) -> TraceSource:
         block_tokens=options.block_tokens or mooncake.BLOCK_TOKENS,
         block_bytes=options.block_bytes,
         bytes_per_token=options.bytes_per_token,
+        full_blocks=options.full_blocks,
         skip_bad=options.skip_bad,
     )
 
@@ -166,6 +168,7 @@ def open_trace(
     seed: int = 1,
     mean_arrival_s: float = stream.MEAN_ARRIVAL_S,
     block_tokens: int | None = None,
+    full_blocks: bool = False,
     csv_columns: str | None = None,
     path_prefix: str | None = None,
     progress: Progress | None = None,
@@ -176,7 +179,8 @@ def open_trace(
     and count them in `head.skipped`. block_bytes: size of every block, in place of what the trace says or
     block_tokens x bytes_per_token makes. seed, mean_arrival_s: of a stream. block_tokens: tokens of a
     block, where the format leaves a choice: of agentic traces a multiple of 64 (64 for one conversation,
-    256 for a stream), of Mooncake traces what they were recorded with (512). csv_columns: which columns
+    256 for a stream), of Mooncake traces what they were recorded with (512). full_blocks: of Mooncake
+    traces, leave out the partial block at the end of a request. csv_columns: which columns
     of a CSV trace mean what, see `libcachesim.CsvColumns`. path_prefix: of an strace log, take only files
     under this folder; block_bytes is the size of its extents. progress: of what takes long to read.
 
@@ -204,6 +208,7 @@ def open_trace(
         seed,
         mean_arrival_s,
         block_tokens,
+        full_blocks,
         csv_columns,
         path_prefix,
         progress,

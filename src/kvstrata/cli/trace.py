@@ -1,0 +1,340 @@
+"""`kvstrata trace`: what a trace is like, any trace in our columns, and streams of many conversations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kvstrata.cli.output import (
+    JSON_OPTION,
+    SlotProgress,
+    format_age,
+    one_line,
+    print_json,
+    print_line,
+    print_table,
+)
+from kvstrata.config import format_size, parse_size
+from kvstrata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvstrata.traces.summary import TraceSummary
+    from kvstrata.traces.trace import TraceSource
+
+TRACE_HELP = "A trace file, or a folder of agentic conversations."
+FORMAT_OPTION = typer.Option(
+    None, "--format", metavar="NAME", help="Format of the trace; by default its content tells."
+)
+SKIP_BAD_OPTION = typer.Option(
+    False, "--skip-bad", help="Pass over records that cannot be read; count them."
+)
+BLOCK_BYTES_OPTION = typer.Option(
+    None,
+    "--block-bytes",
+    metavar="SIZE",
+    help="Size of every block, such as 64MiB, in place of the trace's.",
+)
+BYTES_PER_TOKEN_OPTION = typer.Option(
+    None,
+    "--bytes-per-token",
+    metavar="SIZE",
+    help="KV bytes of a token, for traces that count tokens. [default: 131072]",
+)
+BLOCK_TOKENS_OPTION = typer.Option(
+    None,
+    "--block-tokens",
+    metavar="N",
+    help="Tokens of a block, where that is open: agentic (64), folders of it (256), Mooncake (512).",
+)
+FULL_BLOCKS_OPTION = typer.Option(
+    False, "--full-blocks", help="Of Mooncake traces, leave out the partial block at a request's end."
+)
+CSV_COLUMNS_OPTION = typer.Option(
+    None,
+    "--csv-columns",
+    metavar="TEXT",
+    help="Columns of a CSV trace, such as time-col=1,obj-id-col=2,obj-size-col=3.",
+)
+PATH_PREFIX_OPTION = typer.Option(
+    None, "--path-prefix", metavar="DIR", help="Of an strace log, only files under this folder."
+)
+SEED_OPTION = typer.Option(1, "--seed", metavar="N", help="Seed of the order and the arrivals of a stream.")
+MEAN_ARRIVAL_OPTION = typer.Option(
+    120.0, "--mean-arrival", metavar="SECONDS", help="Mean time between two conversations of a stream."
+)
+OUTPUT_OPTION = typer.Option(
+    ..., "-o", "--output", metavar="FILE", readable=False, help="The file to write."
+)
+FORCE_OPTION = typer.Option(False, "--force", help="Replace the file if it exists.")
+
+app = typer.Typer(name="trace", rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def trace(context: typer.Context) -> None:
+    """Look at traces, convert them, and make multi-tenant streams.
+
+    \b
+    Examples:
+      kvstrata trace info conversation_trace.jsonl.gz
+      kvstrata trace convert conversation_trace.jsonl.gz -o conversation.parquet
+      kvstrata trace stream --agentic conversations/ -o stream.parquet
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def info(
+    traces: list[Path] = typer.Argument(metavar="TRACE...", readable=False, help=TRACE_HELP),
+    format: str | None = FORMAT_OPTION,
+    skip_bad: bool = SKIP_BAD_OPTION,
+    block_bytes: str | None = BLOCK_BYTES_OPTION,
+    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
+    block_tokens: int | None = BLOCK_TOKENS_OPTION,
+    full_blocks: bool = FULL_BLOCKS_OPTION,
+    csv_columns: str | None = CSV_COLUMNS_OPTION,
+    path_prefix: str | None = PATH_PREFIX_OPTION,
+    seed: int = SEED_OPTION,
+    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Show what traces are like: requests, accesses, reuse, bytes, lengths and gaps.
+
+    \b
+    Examples:
+      kvstrata trace info conversation_trace.jsonl.gz
+      kvstrata trace info monday.parquet tuesday.parquet --json | jq '.traces[].reuse'
+      kvstrata trace info conversations/ --seed 2
+    """
+    from kvstrata.traces.summary import summarize
+
+    summaries = []
+    for path in traces:
+        source = _open(
+            path,
+            block_bytes,
+            bytes_per_token,
+            format=format,
+            skip_bad=skip_bad,
+            block_tokens=block_tokens,
+            full_blocks=full_blocks,
+            csv_columns=csv_columns,
+            path_prefix=path_prefix,
+            seed=seed,
+            mean_arrival_s=mean_arrival,
+        )
+        with SlotProgress(f"reading {one_line(path)}", "accesses") as progress:
+            summaries.append(summarize(source, progress))
+    if as_json:
+        print_json({"traces": [_to_json(*pair) for pair in zip(traces, summaries, strict=True)]})
+    else:
+        _show(traces, summaries)
+
+
+@app.command()
+def convert(
+    trace: Path = typer.Argument(metavar="TRACE", readable=False, help=TRACE_HELP),
+    output: Path = OUTPUT_OPTION,
+    to: str = typer.Option(
+        "parquet", "--to", metavar="NAME", help="parquet, or oracleGeneral for libCacheSim."
+    ),
+    format: str | None = FORMAT_OPTION,
+    skip_bad: bool = SKIP_BAD_OPTION,
+    block_bytes: str | None = BLOCK_BYTES_OPTION,
+    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
+    block_tokens: int | None = BLOCK_TOKENS_OPTION,
+    full_blocks: bool = FULL_BLOCKS_OPTION,
+    csv_columns: str | None = CSV_COLUMNS_OPTION,
+    path_prefix: str | None = PATH_PREFIX_OPTION,
+    seed: int = SEED_OPTION,
+    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    force: bool = FORCE_OPTION,
+) -> None:
+    """Write any trace in kvstrata's own columns, which load fast and stream.
+
+    \b
+    Examples:
+      kvstrata trace convert conversation_trace.jsonl.gz -o conversation.parquet
+      kvstrata trace convert kv.log --format strace --skip-bad -o kv.parquet
+      kvstrata trace convert conversation.parquet --to oracleGeneral -o conversation.oracleGeneral
+    """
+    writer = _writer(to)
+    _refuse_to_replace(output, force, trace)
+    source = _open(
+        trace,
+        block_bytes,
+        bytes_per_token,
+        format=format,
+        skip_bad=skip_bad,
+        block_tokens=block_tokens,
+        full_blocks=full_blocks,
+        csv_columns=csv_columns,
+        path_prefix=path_prefix,
+        seed=seed,
+        mean_arrival_s=mean_arrival,
+    )
+    _write(source, output, writer)
+
+
+@app.command()
+def stream(
+    agentic: Path = typer.Option(
+        ...,
+        "--agentic",
+        metavar="DIR",
+        readable=False,
+        help="Folder of agentic conversations, one per file.",
+    ),
+    output: Path = OUTPUT_OPTION,
+    seed: int = SEED_OPTION,
+    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    block_tokens: int = typer.Option(256, "--block-tokens", metavar="N", help="Tokens of a block: k x 64."),
+    skip_bad: bool = SKIP_BAD_OPTION,
+    block_bytes: str | None = BLOCK_BYTES_OPTION,
+    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
+    force: bool = FORCE_OPTION,
+) -> None:
+    """Make one multi-tenant stream of many recorded conversations.
+
+    They start at random times and keep their own gaps; equal tool definitions and system prompts
+    become shared blocks. The same folder, seed and options give the same stream.
+
+    \b
+    Examples:
+      kvstrata trace stream --agentic conversations/ -o stream.parquet
+      kvstrata trace stream --agentic conversations/ --seed 2 --mean-arrival 30 -o busy.parquet
+    """
+    writer = _writer("parquet")
+    _refuse_to_replace(output, force, agentic)
+    source = _open(
+        agentic,
+        block_bytes,
+        bytes_per_token,
+        format="stream",
+        skip_bad=skip_bad,
+        block_tokens=block_tokens,
+        seed=seed,
+        mean_arrival_s=mean_arrival,
+    )
+    _write(source, output, writer)
+
+
+def _open(path: Path, block_bytes: str | None, bytes_per_token: str | None, **options: Any) -> TraceSource:
+    from kvstrata.traces.open import open_trace
+    from kvstrata.traces.trace import DEFAULT_BYTES_PER_TOKEN
+
+    token_bytes = _size("--bytes-per-token", bytes_per_token)
+    with SlotProgress(f"reading {one_line(path)}", "conversations") as progress:
+        return open_trace(
+            path,
+            block_bytes=_size("--block-bytes", block_bytes),
+            bytes_per_token=DEFAULT_BYTES_PER_TOKEN if token_bytes is None else token_bytes,
+            progress=progress,
+            **options,
+        )
+
+
+def _size(option: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as why:
+        raise ConfigError(f"{option}: {why}") from why
+
+
+Writer = Callable[["TraceSource", Path, Callable[[int, int], None]], None]
+
+
+def _writer(to: str) -> Writer:
+    """Also makes sure, before anything is read, that the packages for writing are there."""
+    if to == "parquet":
+        from kvstrata.traces.parquet import write_parquet
+
+        return write_parquet
+    if to == "oracleGeneral":
+        from kvstrata.traces.libcachesim import write_oracle_general
+
+        return lambda source, path, progress: write_oracle_general(source, path)
+    raise ConfigError(f"--to {to}: nothing writes that; take parquet or oracleGeneral")
+
+
+def _refuse_to_replace(output: Path, force: bool, source: Path) -> None:
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder; name the file to write with -o")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise ConfigError(f"{output} is the trace itself; give another file with -o")
+    if output.exists() and not force:
+        raise ConfigError(f"{output} exists; --force replaces it")
+
+
+def _write(source: TraceSource, output: Path, writer: Writer) -> None:
+    with SlotProgress(f"writing {one_line(output)}", "accesses") as progress:
+        writer(source, output, progress)
+    head = source.head
+    print_line(
+        f"wrote {one_line(output)}: {head.requests} requests, {head.accesses} accesses, "
+        f"{head.unique} unique blocks, {format_size(output.stat().st_size)}"
+    )
+    if head.skipped:
+        print_line(f"skipped {head.skipped} broken records")
+
+
+def _to_json(path: Path, summary: TraceSummary) -> dict[str, Any]:
+    head = summary.head
+    return {
+        "trace": str(path),
+        "name": head.name,
+        "format": head.source_format,
+        "requests": head.requests,
+        "accesses": head.accesses,
+        "unique": head.unique,
+        "reuse": round(summary.reuse, 6),
+        "sessions": summary.sessions,
+        "tenants": summary.tenants,
+        "duration_seconds": summary.duration_s,
+        "accessed_bytes": summary.accessed_bytes,
+        "unique_bytes": summary.unique_bytes,
+        "block_tokens": head.block_tokens or None,
+        "block_bytes": head.block_bytes or None,
+        "request_blocks_p50": summary.request_blocks_p50,
+        "request_blocks_p99": summary.request_blocks_p99,
+        "reuse_gap_seconds_p50": summary.reuse_gap_s_p50,
+        "labels": {name: list(labels) for name, labels in head.labels.items()},
+        "skipped": head.skipped,
+    }
+
+
+def _show(traces: Sequence[Path], summaries: Sequence[TraceSummary]) -> None:
+    rows: dict[str, Callable[[TraceSummary], object]] = {
+        "format": lambda one: one.head.source_format,
+        "requests": lambda one: one.head.requests,
+        "accesses": lambda one: one.head.accesses,
+        "unique blocks": lambda one: one.head.unique,
+        "reuse": lambda one: f"{one.reuse:.4f}",
+        "sessions": lambda one: one.sessions or "-",
+        "tenants": lambda one: one.tenants or "-",
+        "duration": lambda one: format_age(one.duration_s),
+        "accessed": lambda one: format_size(one.accessed_bytes),
+        "unique": lambda one: format_size(one.unique_bytes),
+        "block tokens": lambda one: one.head.block_tokens or "-",
+        "block size": lambda one: format_size(one.head.block_bytes) if one.head.block_bytes else "varies",
+        "request blocks p50": lambda one: one.request_blocks_p50,
+        "request blocks p99": lambda one: one.request_blocks_p99,
+        "reuse gap p50": lambda one: _gap(one.reuse_gap_s_p50),
+        "skipped records": lambda one: one.head.skipped,
+    }
+    print_table(
+        "traces",
+        ["", *(f"{one_line(path.resolve().name)}>" for path in traces)],
+        [(name, *(figure(one) for one in summaries)) for name, figure in rows.items()],
+    )
+
+
+def _gap(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.3g} s" if seconds < 60 else format_age(math.floor(seconds))
