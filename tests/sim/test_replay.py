@@ -58,7 +58,7 @@ def test_sizes_count_in_bytes_where_they_differ() -> None:
     head = dataclasses.replace(builder.head, block_bytes=0)
     workload = Workload(dataclasses.replace(builder, head=head, size=size))
     assert workload.footprint == Footprint(3, 18, 0)
-    result = simulate(workload, "lru", resolve("10", workload.footprint))
+    result = simulate(workload, "lru", resolve("10B", workload.footprint))
     assert result.block_hit_ratio == 2 / 6
     assert result.byte_hit_ratio == 10 / (6 + 4 + 6 + 4 + 8 + 6)
     assert result.populated_bytes == 6 + 4 + 8 + 6
@@ -175,15 +175,12 @@ def test_a_streamed_trace_gives_the_figures_of_one_in_memory(policy: str, tmp_pa
 
 def test_capacities_as_people_write_them() -> None:
     footprint = Footprint(1_000, 64_000, 64)
-    assert [resolve(t, footprint).blocks for t in ("1%", "0.05%", "7b", "70 blocks", "6400")] == [
-        10, 1, 7, 70, 100,
+    assert [resolve(t, footprint).blocks for t in ("1%", "0.05%", "7b", "70 blocks", "6400B", "10B")] == [
+        10, 1, 7, 70, 100, 1,
     ]  # fmt: skip
     assert resolve("12.5%", footprint).fraction == 0.125
     assert resolve("1KiB", footprint).units == 16
-    for bad in ("", "x", "10", "5 %%", "-1%", "many"):
-        if bad == "10":
-            assert resolve(bad, footprint).blocks == 1  # ten bytes: less than a block, and one is the least
-            continue
+    for bad in ("", "x", "10", "5 %%", "-1%", "0%", "many"):
         with pytest.raises(ConfigError, match="capacity"):
             resolve(bad, footprint)
 

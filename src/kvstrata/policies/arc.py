@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
-from kvstrata.policies.jit import kernel
+from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.lists import (
     PREV,
     Ids,
@@ -35,98 +35,30 @@ CAPACITY = 0  # state[T1], state[T2], state[B1], state[B2]: sums of the sizes in
 Floats = NDArray[np.float64]
 
 
-@kernel
-def _ring(max_ids: int, place: int) -> int:
-    """Sentinel of a list: T1, T2, B1, B2 in this order."""
-    return max_ids + (place - 1 if place > 0 else 1 - place)
+@inlined
+def _demote(from_t1: bool, rings: int, links: Links, where: Places, pins: Pins) -> tuple[int, bool]:
+    """Send the least recent unpinned block of T1 (or T2), else of the other one, to its ghosts.
 
-
-@kernel
-def _move(index: int, to: int, links: Links, where: Places, state: Ints, size: int) -> None:
-    """Take an id out of its list, if it is in one, and put it at the recent end of `to` (0: nowhere)."""
-    come_from = where[index]
-    if come_from:
-        unlink(links, index)
-        state[come_from] -= size
-    where[index] = to
-    if to:
-        push_recent(links, _ring(len(where), to), index)
-        state[to] += size
-
-
-@kernel
-def _forget(
-    ghosts: int,
-    bound: int,
-    links: Links,
-    where: Places,
-    state: Ints,
-    sizes: Ints,
-    forgotten: Ids,
-    count: int,
-) -> int:
-    """Forget the coldest of B1 (or B2) while L1 = T1 + B1 (or all four) weighs more than the bound."""
-    while state[ghosts] > 0:
-        weight = state[T1] + state[B1]
-        if ghosts == B2:
-            weight += state[T2] + state[B2]
-        if weight <= bound:
-            break
-        index = links[_ring(len(where), ghosts), PREV]
-        _move(index, 0, links, where, state, sizes[index])
-        forgotten[count] = index
-        count += 1
-    return count
-
-
-@kernel
-def _replace(
-    in_b2: bool, target: float, links: Links, where: Places, state: Ints, sizes: Ints, pins: Pins
-) -> int:
-    """REPLACE of the paper: demote one block of T1 or T2 to its ghosts; return it, or -1."""
-    from_t1 = state[T1] > 0 and (state[T1] > target or (in_b2 and state[T1] >= target))
-    source = T1 if from_t1 else T2
-    victim = coldest_unpinned(links, pins, _ring(len(where), source))
+    rings: sentinel of T1; those of T2, B1 and B2 follow. Returns the block, or -1, and whether it was of T1.
+    """
+    victim = coldest_unpinned(links, pins, rings if from_t1 else rings + 1)
     if victim < 0:
-        source = T2 if from_t1 else T1
-        victim = coldest_unpinned(links, pins, _ring(len(where), source))
+        from_t1 = not from_t1
+        victim = coldest_unpinned(links, pins, rings if from_t1 else rings + 1)
     if victim >= 0:
-        _move(victim, -source, links, where, state, sizes[victim])
-    return victim
+        unlink(links, victim)
+        where[victim] = B1 if from_t1 else B2
+        push_recent(links, rings + 2 if from_t1 else rings + 3, victim)
+    return victim, from_t1
 
 
-@kernel
-def _enter(
-    index: int, sizes: Ints, pins: Pins, links: Links, where: Places, state: Ints, target: Floats,
-    evicted: Ids, out: int, forgotten: Ids, gone: int,
-) -> tuple[int, int]:  # fmt: skip
-    """Cases II, III and IV: the id is not resident and comes in if room can be made."""
-    capacity = state[CAPACITY]
-    size = sizes[index]
-    place = where[index]
-    if place == B1:
-        target[0] = min(capacity, target[0] + max(state[B2] / state[B1], 1.0) * size)
-    elif place == B2:
-        target[0] = max(0.0, target[0] - max(state[B1] / state[B2], 1.0) * size)
-    elif state[T1] + state[B1] + size > capacity:
-        gone = _forget(B1, capacity - size, links, where, state, sizes, forgotten, gone)
-        while state[T1] + size > capacity:
-            victim = coldest_unpinned(links, pins, _ring(len(where), T1))
-            if victim < 0:
-                break
-            _move(victim, 0, links, where, state, sizes[victim])
-            evicted[out] = victim
-            out += 1
-    else:
-        gone = _forget(B2, 2 * capacity - size, links, where, state, sizes, forgotten, gone)
-    while state[T1] + state[T2] + size > capacity:
-        victim = _replace(place == B2, target[0], links, where, state, sizes, pins)
-        if victim < 0:
-            return out, gone
-        evicted[out] = victim
-        out += 1
-    _move(index, T2 if where[index] else T1, links, where, state, size)
-    return out, gone
+@inlined
+def _forget(ghosts: int, links: Links, where: Places) -> int:
+    """Forget the least recent ghost of a list, given by its sentinel, that has one."""
+    victim = links[ghosts, PREV]
+    unlink(links, victim)
+    where[victim] = 0
+    return int(victim)
 
 
 @kernel
@@ -134,7 +66,12 @@ def _access(
     ids: Ids, admit: Flags, sizes: Ints, pins: Pins, links: Links, where: Places, state: Ints,
     target: Floats, outcome: Outcomes, evicted: Ids, forgotten: Ids,
 ) -> tuple[int, int]:  # fmt: skip
+    """All accesses, then what a smaller bound asks for. One function, with the sums in local variables:
+    calls between compiled functions and sums in an array made a miss cost more than twice as much."""
+    rings = len(where)
     capacity = state[CAPACITY]
+    t1, t2, b1, b2 = state[T1], state[T2], state[B1], state[B2]
+    p = min(target[0], capacity)
     end = len(ids)
     out = 0
     gone = 0
@@ -156,50 +93,103 @@ def _access(
                 node = index
                 while True:
                     where[node] = T2
-                    state[T1] -= sizes[node]
-                    state[T2] += sizes[node]
+                    t1 -= sizes[node]
+                    t2 += sizes[node]
                     if node == recent:
                         break
                     node = links[node, PREV]
-            push_run(links, _ring(len(where), T2), recent, index)
+            push_run(links, rings + 1, recent, index)
             continue
+        size = sizes[index]
         outcome[position] = MISS
-        if admit[position] and sizes[index] <= capacity:
-            out, gone = _enter(
-                index, sizes, pins, links, where, state, target, evicted, out, forgotten, gone
-            )
-            if where[index] > 0:
-                outcome[position] = ADMITTED
         position += 1
-    # Pins and forced removals can leave more ghosts than the paper's bounds allow.
-    gone = _forget(B1, capacity, links, where, state, sizes, forgotten, gone)
-    gone = _forget(B2, 2 * capacity, links, where, state, sizes, forgotten, gone)
-    return out, gone
-
-
-@kernel
-def _shrink(
-    sizes: Ints, pins: Pins, links: Links, where: Places, state: Ints, target: Floats, evicted: Ids,
-    forgotten: Ids,
-) -> tuple[int, int]:  # fmt: skip
-    capacity = state[CAPACITY]
-    target[0] = min(target[0], float(capacity))
-    out = 0
-    while state[T1] + state[T2] > capacity:
-        victim = _replace(False, target[0], links, where, state, sizes, pins)
+        if not admit[position - 1] or size > capacity:
+            continue
+        if place == B1:  # case II
+            p = min(capacity, p + max(b2 / b1, 1.0) * size)
+        elif place == B2:  # case III
+            p = max(0.0, p - max(b1 / b2, 1.0) * size)
+        elif t1 + b1 + size > capacity:  # case IV, A
+            while b1 > 0 and t1 + b1 + size > capacity:
+                forgotten[gone] = _forget(rings + 2, links, where)
+                b1 -= sizes[forgotten[gone]]
+                gone += 1
+            while t1 + size > capacity:
+                victim = coldest_unpinned(links, pins, rings)
+                if victim < 0:
+                    break
+                unlink(links, victim)
+                where[victim] = 0
+                t1 -= sizes[victim]
+                evicted[out] = victim
+                out += 1
+        else:  # case IV, B
+            while b2 > 0 and t1 + t2 + b1 + b2 + size > 2 * capacity:
+                forgotten[gone] = _forget(rings + 3, links, where)
+                b2 -= sizes[forgotten[gone]]
+                gone += 1
+        while t1 + t2 + size > capacity:  # REPLACE
+            from_t1 = t1 > 0 and (t1 > p or (place == B2 and t1 >= p))
+            victim, from_t1 = _demote(from_t1, rings, links, where, pins)
+            if victim < 0:
+                break
+            if from_t1:
+                t1 -= sizes[victim]
+                b1 += sizes[victim]
+            else:
+                t2 -= sizes[victim]
+                b2 += sizes[victim]
+            evicted[out] = victim
+            out += 1
+        if t1 + t2 + size > capacity:
+            continue
+        outcome[position - 1] = ADMITTED
+        if place == 0:
+            where[index] = T1
+            t1 += size
+            push_recent(links, rings, index)
+            continue
+        unlink(links, index)
+        if place == B1:
+            b1 -= size
+        else:
+            b2 -= size
+        where[index] = T2
+        t2 += size
+        push_recent(links, rings + 1, index)
+    while t1 + t2 > capacity:
+        victim, from_t1 = _demote(t1 > 0 and t1 > p, rings, links, where, pins)
         if victim < 0:
             break
+        if from_t1:
+            t1 -= sizes[victim]
+            b1 += sizes[victim]
+        else:
+            t2 -= sizes[victim]
+            b2 += sizes[victim]
         evicted[out] = victim
         out += 1
-    gone = _forget(B1, capacity, links, where, state, sizes, forgotten, 0)
-    gone = _forget(B2, 2 * capacity, links, where, state, sizes, forgotten, gone)
+    # A smaller bound, pins and forced removals can leave more ghosts than the paper's bounds allow.
+    while b1 > 0 and t1 + b1 > capacity:
+        forgotten[gone] = _forget(rings + 2, links, where)
+        b1 -= sizes[forgotten[gone]]
+        gone += 1
+    while b2 > 0 and t1 + t2 + b1 + b2 > 2 * capacity:
+        forgotten[gone] = _forget(rings + 3, links, where)
+        b2 -= sizes[forgotten[gone]]
+        gone += 1
+    state[T1], state[T2], state[B1], state[B2] = t1, t2, b1, b2
+    target[0] = p
     return out, gone
 
 
 @kernel
 def _remove(ids: Ids, sizes: Ints, links: Links, where: Places, state: Ints) -> None:
     for index in ids:
-        _move(index, 0, links, where, state, sizes[index])
+        if where[index]:
+            unlink(links, index)
+            state[where[index]] -= sizes[index]
+            where[index] = 0
 
 
 class Arc(Policy):
@@ -237,9 +227,11 @@ class Arc(Policy):
         self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
     ) -> tuple[int, int]:
         self._state[CAPACITY] = capacity
-        out, gone = _shrink(
-            sizes, pins, self._links, self.where, self._state, self._target, evicted, forgotten
-        )
+        nothing = np.zeros(0, dtype=np.int32)
+        out, gone = _access(
+            nothing, nothing.astype(np.bool_), sizes, pins, self._links, self.where, self._state,
+            self._target, nothing.astype(np.int8), evicted, forgotten,
+        )  # fmt: skip
         return out, gone
 
     def order(self) -> Ids:

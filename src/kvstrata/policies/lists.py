@@ -58,13 +58,13 @@ def push_recent(links: Links, sentinel: int, node: int) -> None:
     links[first, PREV] = node
 
 
-@kernel
+@inlined
 def coldest_unpinned(links: Links, pins: NDArray[np.int32], sentinel: int) -> int:
     """Least recent node without pins, or -1. Costs one step per pinned node at the cold end."""
     node = links[sentinel, PREV]
     while node != sentinel and pins[node] > 0:
         node = links[node, PREV]
-    return -1 if node == sentinel else int(node)
+    return -1 if node == sentinel else node
 
 
 @kernel

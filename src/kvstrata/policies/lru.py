@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
-from kvstrata.policies.jit import kernel
+from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.lists import (
     NEXT,
     PREV,
@@ -34,21 +34,31 @@ USED, CAPACITY = 0, 1
 NOTHING = -1
 
 
-@kernel
-def evict_until(
-    needed: int, links: Links, where: Places, state: Ints, sizes: Ints, pins: Pins, evicted: Ids, count: int
-) -> int:
-    """Evict cold ids until `needed` more fits or nothing may leave; return the new count of evicted."""
-    sentinel = len(where)
-    while state[USED] + needed > state[CAPACITY]:
-        victim = coldest_unpinned(links, pins, sentinel)
+@inlined
+def make_room(
+    needed: int, used: int, capacity: int, links: Links, where: Places, sizes: Ints, pins: Pins,
+    evicted: Ids, count: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Evict cold ids until `needed` more fits or nothing may leave.
+
+    Returns what is used then and the new count of evicted.
+    """
+    while used + needed > capacity:
+        victim = coldest_unpinned(links, pins, len(where))
         if victim < 0:
             break
         unlink(links, victim)
         where[victim] = 0
-        state[USED] -= sizes[victim]
+        used -= sizes[victim]
         evicted[count] = victim
         count += 1
+    return used, count
+
+
+@kernel
+def _shrink(links: Links, where: Places, state: Ints, sizes: Ints, pins: Pins, evicted: Ids) -> int:
+    used, count = make_room(0, state[USED], state[CAPACITY], links, where, sizes, pins, evicted, 0)
+    state[USED] = used
     return count
 
 
@@ -92,6 +102,8 @@ def _access(
     state: Ints, outcome: Outcomes, evicted: Ids,
 ) -> int:  # fmt: skip
     sentinel = len(where)
+    used = state[USED]
+    capacity = state[CAPACITY]
     count = 0
     for request in range(len(starts) - 1):
         first = starts[request]
@@ -104,13 +116,12 @@ def _access(
                 position -= 1
                 index = ids[position]
                 size = sizes[index]
-                if not admit[position] or size > state[CAPACITY]:
+                if not admit[position] or size > capacity:
                     continue
-                if state[USED] + size > state[CAPACITY]:
-                    count = evict_until(size, links, where, state, sizes, pins, evicted, count)
-                    if state[USED] + size > state[CAPACITY]:
-                        continue
-                state[USED] += size
+                used, count = make_room(size, used, capacity, links, where, sizes, pins, evicted, count)
+                if used + size > capacity:
+                    continue
+                used += size
                 push_recent(links, sentinel, index)
                 where[index] = LISTED
                 outcome[position] = ADMITTED
@@ -122,6 +133,7 @@ def _access(
             start = links[head, PREV]
             stop = links[tail, NEXT]
             push_run(links, sentinel, head, tail)
+    state[USED] = used
     return count
 
 
@@ -158,7 +170,7 @@ class OneList(Policy):
         self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
     ) -> tuple[int, int]:
         self._state[CAPACITY] = capacity
-        return evict_until(0, self._links, self.where, self._state, sizes, pins, evicted, 0), 0
+        return _shrink(self._links, self.where, self._state, sizes, pins, evicted), 0
 
     def order(self) -> Ids:
         return rings_in_order(self._links, self.max_ids, 0)

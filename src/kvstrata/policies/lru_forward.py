@@ -12,7 +12,7 @@ from typing import ClassVar
 from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import PREV, Ids, Links, push_recent, push_run, unlink_run
-from kvstrata.policies.lru import CAPACITY, LISTED, USED, OneList, evict_until
+from kvstrata.policies.lru import CAPACITY, LISTED, USED, OneList, make_room
 
 
 @kernel
@@ -21,6 +21,8 @@ def _access(
     outcome: Outcomes, evicted: Ids,
 ) -> int:  # fmt: skip
     sentinel = len(where)
+    used = state[USED]
+    capacity = state[CAPACITY]
     end = len(ids)
     count = 0
     position = 0
@@ -40,15 +42,15 @@ def _access(
             continue
         size = sizes[index]
         outcome[position] = MISS
-        if admit[position] and size <= state[CAPACITY]:
-            if state[USED] + size > state[CAPACITY]:
-                count = evict_until(size, links, where, state, sizes, pins, evicted, count)
-            if state[USED] + size <= state[CAPACITY]:
-                state[USED] += size
+        if admit[position] and size <= capacity:
+            used, count = make_room(size, used, capacity, links, where, sizes, pins, evicted, count)
+            if used + size <= capacity:
+                used += size
                 push_recent(links, sentinel, index)
                 where[index] = LISTED
                 outcome[position] = ADMITTED
         position += 1
+    state[USED] = used
     return count
 
 

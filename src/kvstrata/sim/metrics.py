@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.policies.base import ADMITTED, HIT, Flags, Ints, Outcomes
+from kvstrata.policies.base import ADMITTED, HIT, Ints, Outcomes
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import Ids
 from kvstrata.sim.capacity import Capacity
@@ -20,41 +20,67 @@ from kvstrata.sim.capacity import Capacity
 ) = range(12)  # fmt: skip
 
 
+NOT_ADMITTED = -1
+EIGHT_HITS = np.uint64(0x0101010101010101)
+
+Numbers = NDArray[np.int32]
+
+
+@kernel
+def number_uses(ids: Ids, seen: Numbers, number: Numbers) -> None:
+    """number[p]: how often ids[p] was used before p; seen[id]: how often in all. Both go on over calls."""
+    for position in range(len(ids)):
+        index = ids[position]
+        number[position] = seen[index]
+        seen[index] += 1
+
+
+@kernel
+def _leading_hits(outcome: Outcomes, words: NDArray[np.uint64], first: int, end: int) -> int:
+    """How many accesses from `first` on hit without a gap. words: outcome, eight at a time."""
+    position = first
+    while position < end and outcome[position] == HIT:
+        position += 1
+        if position & 7 == 0:
+            while position + 8 <= end and words[position >> 3] == EIGHT_HITS:
+                position += 8
+    return position - first
+
+
 @kernel
 def _count(
-    outcome: Outcomes, starts: Ints, ids: Ids, sizes: Ints, one_size: bool, fresh: Flags, totals: Ints,
-    prefix_share: NDArray[np.float64],
+    outcome: Outcomes, words: NDArray[np.uint64], starts: Ints, ids: Ids, sizes: Ints, one_size: bool,
+    number: Numbers, admitted: Numbers, totals: Ints, prefix_share: NDArray[np.float64],
 ) -> None:  # fmt: skip
-    """fresh[id]: was the block admitted and not used since."""
+    """admitted[id]: number of the use that admitted the block, or NOT_ADMITTED.
+
+    Only what does not hit is looked at one by one: between two such uses of a block all others hit.
+    """
+    reused = 0
+    admits = 0
+    all_hits = 0
     for request in range(len(starts) - 1):
         first = starts[request]
         end = starts[request + 1]
-        leading = True
-        hits = 0
-        prefix = 0
-        for position in range(first, end):
+        prefix = _leading_hits(outcome, words, first, end)
+        hits = prefix
+        for position in range(first + prefix, end):
             what = outcome[position]
-            index = ids[position]
             if what == HIT:
                 hits += 1
-                if fresh[index]:
-                    fresh[index] = False
-                    totals[REUSED] += 1
-            else:
-                if leading:
-                    leading = False
-                    prefix = position - first
-                if what == ADMITTED:
-                    fresh[index] = True
-                    totals[ADMITS] += 1
-        blocks = end - first
-        if leading:
-            prefix = blocks
-            totals[WHOLE_REQUESTS] += 1
-        totals[HITS] += hits
+                continue
+            index = ids[position]
+            if admitted[index] != NOT_ADMITTED:
+                reused += number[position] - admitted[index] > 1
+            admitted[index] = NOT_ADMITTED
+            if what == ADMITTED:
+                admitted[index] = number[position]
+                admits += 1
+        all_hits += hits
         totals[PREFIX_HITS] += prefix
-        if blocks:
-            prefix_share[0] += prefix / blocks
+        totals[WHOLE_REQUESTS] += prefix == end - first
+        if end > first:
+            prefix_share[0] += prefix / (end - first)
         if not one_size:
             for position in range(first, end):
                 size = sizes[ids[position]]
@@ -67,24 +93,37 @@ def _count(
                     totals[PREFIX_BYTES] += size
     totals[REQUESTS] += len(starts) - 1
     totals[ACCESSES] += len(ids)
+    totals[HITS] += all_hits
+    totals[ADMITS] += admits
+    totals[REUSED] += reused
 
 
 class Counts:
     """Adds up the outcomes of a replay. block_bytes: size of every block, 0 where they differ."""
 
     def __init__(self, unique: int, block_bytes: int) -> None:
-        self._fresh = np.zeros(unique, dtype=np.bool_)
+        self._admitted = np.full(unique, NOT_ADMITTED, dtype=np.int32)
         self._block_bytes = block_bytes
         self._totals = np.zeros(TOTALS, dtype=np.int64)
         self._prefix_share = np.zeros(1, dtype=np.float64)
         # One empty batch loads or compiles the kernel before anybody measures.
-        none = np.zeros(0, dtype=np.int64)
-        self.add(none.astype(np.int8), np.zeros(1, dtype=np.int64), none.astype(np.int32), none)
+        none = np.zeros(0, dtype=np.int32)
+        self.add(none.astype(np.int8), np.zeros(1, np.int64), none, none.astype(np.int64), none)
 
-    def add(self, outcome: Outcomes, starts: Ints, ids: Ids, sizes: Ints) -> None:
-        """One batch of whole requests; starts begin at 0, sizes are indexed by id."""
+    def add(self, outcome: Outcomes, starts: Ints, ids: Ids, sizes: Ints, number: Numbers) -> None:
+        """One batch of whole requests; starts begin at 0, sizes are indexed by id, number as in
+        `number_uses`."""
+        words = outcome[: len(outcome) // 8 * 8].view(np.uint64)
         one_size = self._block_bytes > 0
-        _count(outcome, starts, ids, sizes, one_size, self._fresh, self._totals, self._prefix_share)
+        _count(
+            outcome, words, starts, ids, sizes, one_size, number, self._admitted, self._totals,
+            self._prefix_share,
+        )  # fmt: skip
+
+    def finish(self, uses: Numbers) -> None:
+        """After the last batch. uses: how often each id was used in all."""
+        last = self._admitted != NOT_ADMITTED
+        self._totals[REUSED] += np.count_nonzero(uses[last] - self._admitted[last] > 1)
 
     def totals(self) -> NDArray[np.int64]:
         """Indexed by the constants of this module; the bytes filled in where all blocks have one size."""

@@ -6,7 +6,7 @@ Everything may enter and nothing is pinned, as in a store whose writes and reads
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from kvstrata.policies.base import Ints, Policy, check_knobs
 from kvstrata.policies.belady import Belady, Future
 from kvstrata.policies.lists import Ids
 from kvstrata.sim.capacity import Capacity, Footprint
-from kvstrata.sim.metrics import Counts, RunResult, result_of
-from kvstrata.traces.trace import Trace, TraceSource
+from kvstrata.sim.metrics import Counts, Numbers, RunResult, number_uses, result_of
+from kvstrata.traces.trace import Batch, Trace, TraceSource
 
 BATCH_ACCESSES = 1 << 18
 """Accesses per kernel call: their outcomes stay in the processor's cache until they are counted."""
@@ -35,6 +35,7 @@ class Workload:
         self.name = name or source.head.name
         self._future: Future | None = None
         self._sizes: Ints | None = None
+        self._numbers: tuple[Numbers, Numbers] | None = None
         uniform = self.head.block_bytes
         if uniform:
             total = self.head.unique * uniform
@@ -48,6 +49,28 @@ class Workload:
         if self._sizes is None:
             self._sizes = np.ones(self.head.unique, dtype=np.int64)
         return self._sizes
+
+    def batches(self) -> Iterator[tuple[Batch, Numbers, Numbers]]:
+        """Batches, the number of every use in them, and how often each id has been used so far (in all,
+        for a trace in memory, whose numbers are made once)."""
+        in_memory = isinstance(self.source, Trace)
+        if self._numbers is not None:
+            number, seen = self._numbers
+        else:
+            number = np.zeros(self.head.accesses if in_memory else 0, dtype=np.int32)
+            seen = np.zeros(self.head.unique, dtype=np.int32)
+            if isinstance(self.source, Trace):
+                number_uses(self.source.ids, seen, number)
+                self._numbers = number, seen
+        end = 0
+        for batch in self.source.batches(BATCH_ACCESSES):
+            if in_memory:
+                part = number[end : end + len(batch.ids)]
+                end += len(batch.ids)
+            else:
+                part = np.zeros(len(batch.ids), dtype=np.int32)
+                number_uses(batch.ids, seen, part)
+            yield batch, part, seen
 
     def future(self) -> Future:
         """What the oracle knows. Needs all accesses in memory: 12 bytes for each."""
@@ -100,11 +123,13 @@ def simulate(
     sizes = workload.sizes()
     counts = Counts(workload.head.unique, workload.head.block_bytes)
     seconds = 0.0
-    for batch in workload.source.batches(BATCH_ACCESSES):
+    seen = np.zeros(workload.head.unique, dtype=np.int32)
+    for batch, number, seen in workload.batches():  # noqa: B007 (the last `seen` counts)
         started = time.perf_counter()
         outcome = simulated.replay(batch.ids, batch.starts, sizes)
-        counts.add(outcome, batch.starts, batch.ids, sizes)
+        counts.add(outcome, batch.starts, batch.ids, sizes, number)
         seconds += time.perf_counter() - started
+    counts.finish(seen)
     return result_of(
         counts,
         trace=workload.name,
