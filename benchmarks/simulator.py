@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import in_turn, machine, pair_ratio, parser, show, spread, write_json
 from rich.console import Console
 
+from harness import in_turn, machine, pair_ratio, parser, show, spread, write_json
 from kvstrata.errors import KVStrataError
 from kvstrata.policies import POLICIES
 from kvstrata.sim.capacity import Capacity, resolve
@@ -32,7 +32,7 @@ from kvstrata.sim.replay import BATCH_ACCESSES, Workload, make_simulated, simula
 from kvstrata.traces.open import open_trace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from libcachesim_kit import AVAILABLE, REASON, OracleFile  # noqa: E402
+from libcachesim_kit import AVAILABLE, REASON, OracleFile
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces" / "open" / "agentic"
 PEERS = {"lru": "lru_forward", "lfu_aging": "lfuda", "tinylfu_slru": "wtinylfu"}
