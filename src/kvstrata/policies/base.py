@@ -106,6 +106,7 @@ class Policy(ABC):
         ids, sizes = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
         self.access(ids, np.zeros(0, dtype=np.bool_), sizes, ids, 0)
         self.remove(ids, sizes)
+        self.resize(self.capacity, sizes, ids)
 
     # What a policy implements
 

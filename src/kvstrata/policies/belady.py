@@ -180,8 +180,3 @@ class Belady:
         )  # fmt: skip
         self._position += len(ids)
         return outcome
-
-    def warm(self) -> None:
-        """Load or compile the kernel."""
-        none = np.zeros(0, dtype=np.int64)
-        self.replay(none.astype(np.int32), np.zeros(1, dtype=np.int64), none)

@@ -111,7 +111,9 @@ def make_simulated(workload: Workload, policy: str, capacity: Capacity, **params
         made = make_policy(policy, workload.head.unique, capacity.units, **params)
     else:
         raise ConfigError(f"policy {policy!r} is not known; known: {', '.join(SIMULATED)}")
-    made.warm()
+    # One empty call loads or compiles the kernel before anybody measures.
+    none = np.zeros(0, dtype=np.int64)
+    made.replay(none.astype(np.int32), np.zeros(1, dtype=np.int64), none)
     return made
 
 
