@@ -35,6 +35,8 @@ LICENSE = HERE.parent / "LICENSE"
 BLOCKS_PER_CHUNK, BLOCK_TOKENS = 4, 32
 CHUNK_TOKENS = BLOCKS_PER_CHUNK * BLOCK_TOKENS
 KILL_AFTER = 2
+CAPTURE = "capture"
+"""Folder with a trace of what the engines asked for: `kvstrata trace capture .demo/capture -o ...`."""
 
 QUESTIONS = [
     ["Which words of this passage speak of patents?", "And what ends a grant?"],
@@ -56,6 +58,9 @@ def conversations(text: str) -> tuple[str, list[list[str]]]:
 
 
 TOML = """\
+[store]
+capture = "{capture}"
+
 [vllm]
 host_memory_bytes = "128MiB"
 blocks_per_chunk = {chunk}
@@ -82,12 +87,14 @@ class Stage:
         self.requests_file = folder / "requests.json"
         self.log = folder / "engines.log"
         self.log.write_text("")
+        shutil.rmtree(folder / CAPTURE, ignore_errors=True)
 
     def toml(self, name: str) -> Path:
         """A kvstrata.toml for a fresh folder of that name."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
         path = self.folder / f"{name}.toml"
-        path.write_text(TOML.format(path=self.folder / name, chunk=BLOCKS_PER_CHUNK))
+        text = TOML.format(path=self.folder / name, chunk=BLOCKS_PER_CHUNK, capture=self.folder / CAPTURE)
+        path.write_text(text)
         return path
 
     def run(

@@ -212,6 +212,9 @@ def test_a_printed_size_is_near_the_size(size: int) -> None:
         ("store", "batch_blocks", 0), ("store", "breaker_failures", 0), ("store", "events", 0),
         ("store", "throttle_seconds", -0.1), ("store", "breaker_retry_seconds", -1),
         ("store", "close_seconds", -1), ("store", "close_seconds", float("nan")),
+        ("store", "capture_bytes", 2**20 - 1), ("store", "capture_queue_bytes", 2**20 - 1),
+        ("store", "capture_seconds", 0), ("store", "capture_seconds", -1), ("store", "capture", "a\0b"),
+        ("store", "capture", "~nobody-has-this-name/x"),
         ("metrics", "port", -1), ("metrics", "port", 65_536),
         ("vllm", "blocks_per_chunk", 0), ("vllm", "host_memory_bytes", 0),
         ("memory", "capacity_bytes", 0), ("memory", "ttl_seconds", -1),
@@ -358,7 +361,7 @@ def values_of(section: str) -> st.SearchStrategy[dict[str, Any]]:
             strategies[key] = st.floats(0.001, 10**6)
         elif hint is int:
             strategies[key] = st.integers(2**20, 2**40) if key.endswith("_bytes") else st.integers(1, 6)
-        elif key == "path":
+        elif key in ("path", "capture"):
             strategies[key] = st.just("/cache")
         else:
             strategies[key] = st.text(max_size=5)

@@ -132,6 +132,10 @@ class StoreConfig:
     close_seconds: float = 30.0
     events: int = 1_000
     salt: str = ""
+    capture: str = ""
+    capture_bytes: int = GIB
+    capture_queue_bytes: int = 64 * MIB
+    capture_seconds: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +312,14 @@ def _check(config: Config, source: str) -> None:
     require(store.batch_blocks <= BATCH_LIMIT, "store.batch_blocks", f"must be from 1 to {BATCH_LIMIT}")
     for name in ("throttle_seconds", "breaker_retry_seconds", "close_seconds"):
         require(getattr(store, name) >= 0, f"store.{name}", "cannot be negative")
+    for name in ("capture_bytes", "capture_queue_bytes"):
+        require(getattr(store, name) >= MIB, f"store.{name}", "must be at least 1 MiB")
+    require(store.capture_seconds > 0, "store.capture_seconds", "must be above 0")
+    require("\0" not in store.capture, "store.capture", "cannot hold a NUL character")
+    try:
+        Path(store.capture).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{source}: store.capture: {store.capture!r}: no such user") from None
     require(0 <= config.metrics.port <= 65535, "metrics.port", "must be from 0 to 65535")
     require(config.vllm.blocks_per_chunk >= 1, "vllm.blocks_per_chunk", "must be at least 1")
     require(config.vllm.host_memory_bytes >= 1, "vllm.host_memory_bytes", "must be at least 1")

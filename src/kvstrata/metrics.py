@@ -48,6 +48,11 @@ class StoreCollector(Collector):
     def _gauges(self) -> Iterator[Metric]:
         for name, value in self._store.queued.items():
             yield GaugeMetricFamily(PREFIX + name, f"{name.replace('_', ' ')} now", value=value)
+        yield GaugeMetricFamily(
+            PREFIX + "capture_held_bytes",
+            "Memory of captured requests that are not written yet",
+            value=self._store.capture_held_bytes,
+        )
         settings = self._store.config.store
         bounds: dict[str, float] = {
             "queue_bytes": settings.queue_bytes,
@@ -62,6 +67,9 @@ class StoreCollector(Collector):
             "breaker_retry_seconds": settings.breaker_retry_seconds,
             "close_seconds": settings.close_seconds,
             "events": settings.events,
+            "capture_bytes": settings.capture_bytes,
+            "capture_queue_bytes": settings.capture_queue_bytes,
+            "capture_seconds": settings.capture_seconds,
         }
         family = GaugeMetricFamily(PREFIX + "bound", "Configured bounds", labels=["name"])
         for name, bound in bounds.items():

@@ -38,6 +38,7 @@ from kvstrata.telemetry import Telemetry
 from kvstrata.tiers import LocalTier, MemoryTier, make_tier
 from kvstrata.tiers.base import OpenReport
 from kvstrata.tiers.breaker import Breaker
+from kvstrata.traces.capture import Capture
 from kvstrata.transfer.executor import TransferExecutor
 from kvstrata.transfer.file_io import FileIO
 from kvstrata.transfer.handle import Start, Transfer
@@ -105,6 +106,9 @@ class BlockStore:
         self._flush_lock = threading.Lock()
         self._reports: dict[str, OpenReport] = {}
         settings = config.store
+        self._capture: Capture | None = None
+        if settings.capture:
+            self._capture = Capture(settings, layout, namespace, self.telemetry)
         io = file_io or FileIO()
         self._tiers = [
             make_tier(tier, layout, namespace, settings, self.telemetry, io) for tier in config.tiers
@@ -127,6 +131,8 @@ class BlockStore:
         ]
         self._memory, self._promote, self._through = self._memory_role()
         self._write_back = self._make_write_back()
+        if self._capture is not None:
+            self._capture.start()
 
     def _memory_role(self) -> tuple[MemoryTier | None, bool, bool]:
         first, first_config = self._tiers[0], self.config.tiers[0]
@@ -353,6 +359,7 @@ class BlockStore:
                 f"{len(keys)} blocks in one save; store.batch_blocks allows "
                 f"{self.config.store.batch_blocks}"
             )
+        alone = request is None
         request = self.new_request() if request is None else request
         views = [None if source is None else self._view(source) for source in sources]
         transfer = Transfer(
@@ -368,6 +375,8 @@ class BlockStore:
             self.telemetry.count("throttle_waits_total")
         entered, shut_out = set(offered[:count]), set(offered[count:])
         wanted = [position in entered for position in range(len(keys))]
+        if self._capture is not None:
+            self._capture.record(request, keys, ended=alone)
         moves, present, refused, otherwise = self._place(keys, wanted, request)
         moving = {move.buffer for move in moves}
         idle = entered - moving
@@ -524,12 +533,24 @@ class BlockStore:
     def touch(self, keys: Sequence[BlockKey], *, request: int | None = None) -> None:
         """A request used this chain, root first: tell every tier's policy. Moves no bytes."""
         self._check_open()
+        alone = request is None
         request = self.new_request() if request is None else request
+        if self._capture is not None:
+            self._capture.record(request, keys, ended=alone)
         for tier in self._tiers:
             if tier.opened:
                 for start in range(0, len(keys), self.config.store.batch_blocks):
                     part = keys[start : start + self.config.store.batch_blocks]
                     tier.table.record(part, request=request)
+
+    def end_request(
+        self, request: int, *, input_tokens: int | None = None, output_tokens: int | None = None
+    ) -> None:
+        """Nothing more comes under this number. Only the capture asks; without it a request ends when it
+        has been quiet for ten minutes. The tokens of its prompt and reply where they are known.
+        """
+        if self._capture is not None:
+            self._capture.end(request, input_tokens, output_tokens)
 
     def discard(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks on purpose; returns how many places they were in.
@@ -649,6 +670,11 @@ class BlockStore:
         }
 
     @property
+    def capture_held_bytes(self) -> int:
+        """Memory of captured requests that are not written yet, at most store.capture_queue_bytes."""
+        return 0 if self._capture is None else self._capture.held_bytes
+
+    @property
     def tiers(self) -> list[LocalTier]:
         """The tiers, fastest first; for inspection and tests."""
         return list(self._tiers)
@@ -679,6 +705,10 @@ class BlockStore:
                 clean = _within(left, partial(tier.close, clean=True))
             if not clean:
                 tier.close(clean=False)
+        if self._capture is not None:
+            left = max(CLOSE_SECONDS_LEAST, until - time.monotonic())
+            if not self._capture.close(left):
+                log.warning("kvstrata: closed while the capture was being written; its last part is lost")
         if not clean:
             log.warning("kvstrata: closed while the medium did not answer; the next open will scan")
 

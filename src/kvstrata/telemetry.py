@@ -28,6 +28,10 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], str]] = {
     "probes_total": (("tier", "op", "result"), "Probes of a tier that was out of service"),
     "throttle_waits_total": ((), "Saves that waited for room in the queue"),
     "quarantined_rows_total": ((), "Engine rows withheld while a late read may still write to them"),
+    "capture_requests_total": (("result",), "Requests of the capture, by what became of them"),
+    "capture_bytes_total": ((), "Bytes of capture files written"),
+    "capture_removed_total": ((), "Old capture files removed to make room for new ones"),
+    "capture_errors_total": (("errno",), "Errors that ended the capture"),
 }  # fmt: skip
 
 HISTOGRAMS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -176,7 +176,8 @@ def test_broken_records_are_counted(run: Run, tmp_path: Path) -> None:
         (["convert", "{s}", "-o", "{d}/x", "--to", "zip"], "--to zip"),
         (["stream", "--agentic", "{d}", "-o", "{d}/x"], "no agentic conversations"),
         (["stream", "--agentic", "{s}", "-o", "{d}/x"], "no folder"),
-        (["capture"], "No such command"),
+        (["capture"], "Missing argument"),
+        (["record"], "No such command"),
     ],
 )
 def test_wrong_use_is_one_line(run: Run, tmp_path: Path, arguments: list[str], told: str) -> None:

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvstrata.traces.capture_merge import merge_captures
+from kvstrata.traces.parquet import ParquetTrace
+
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(300),
@@ -30,12 +33,14 @@ REPOSITORY = HERE.parent.parent
 KVSTRATA = str(Path(sys.executable).with_name("kvstrata"))
 PROMPT_LENGTHS = (700, 500, 321, 64)
 SHARED_TOKENS = 256
+REPLY_TOKENS = 16
 
 TOML = """\
 [store]
 io_deadline_seconds = {deadline}
 breaker_retry_seconds = 0.5
 breaker_failures = 2
+capture = "{path}-capture"
 
 [vllm]
 host_memory_bytes = "16MiB"
@@ -136,6 +141,26 @@ def test_first_engine_saves_every_full_chunk_and_equals_plain_vllm(
     }
     assert filled["filled"]["blocks"] == len(chains)
     assert filled["filled"]["pinned"] == 0
+
+
+def test_the_capture_of_an_engine_holds_each_request_once(
+    filled: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    """Each prompt's whole chunks, in the order of asking; then what the reply added, if a chunk."""
+    merged = merge_captures([filled["folder"] / "nvme-capture"], filled["folder"] / "captured.parquet")
+    assert merged.skipped == [] and merged.requests == len(prompts)
+    chunk = filled["filled"]["chunk_tokens"]
+    numbers: dict[tuple[int, ...], int] = {}
+    for batch in ParquetTrace(filled["folder"] / "captured.parquet").batches():
+        for number in range(batch.requests):
+            prompt = prompts[batch.first_request + number]
+            ids = batch.ids[batch.starts[number] : batch.starts[number + 1]].tolist()
+            prefixes = [tuple(prompt[: end * chunk]) for end in range(1, len(prompt) // chunk + 1)]
+            assert ids[: len(prefixes)] == [numbers.setdefault(p, len(numbers)) for p in prefixes]
+            grown = (len(prompt) + REPLY_TOKENS) // chunk
+            assert len(prefixes) <= len(ids) <= grown
+            for block in ids[len(prefixes) :]:
+                assert numbers.setdefault((-1, block), len(numbers)) == block, "a chunk of a reply is new"
 
 
 def test_restart_serves_every_full_chunk_with_equal_tokens_and_logprobs(

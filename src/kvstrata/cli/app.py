@@ -15,6 +15,7 @@ from kvstrata import __version__
 from kvstrata.cli.init import init
 from kvstrata.cli.inspect import inspect
 from kvstrata.cli.output import one_line
+from kvstrata.cli.sim import app as sim
 from kvstrata.cli.stats import stats
 from kvstrata.cli.trace import app as trace
 from kvstrata.cli.verify import verify
@@ -70,6 +71,7 @@ app = typer.Typer(
 for _command in (init, inspect, verify, stats, vllm_config):
     app.command(_command.__name__.replace("_", "-"))(_command)
 app.add_typer(trace)
+app.add_typer(sim)
 
 
 @app.callback(invoke_without_command=True)

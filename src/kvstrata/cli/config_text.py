@@ -47,6 +47,10 @@ WORDS: dict[str, dict[str, str]] = {
         "close_seconds": "longest wait for the disk when the store closes",
         "events": "how many past events are remembered",
         "salt": "a tenant's secret: without it nobody can find the tenant's blocks",
+        "capture": "folder for a trace of what is asked of the store; empty: none is recorded",
+        "capture_bytes": "bound of that folder; the oldest files go",
+        "capture_queue_bytes": "bound of the memory in which records wait to be written",
+        "capture_seconds": "a file is written after so long; a kill loses as much",
     },
     "metrics": {
         "host": "address to listen on",

@@ -83,6 +83,7 @@ def trace(context: typer.Context) -> None:
       kvstrata trace info conversation_trace.jsonl.gz
       kvstrata trace convert conversation_trace.jsonl.gz -o conversation.parquet
       kvstrata trace stream --agentic conversations/ -o stream.parquet
+      kvstrata trace capture /var/log/kv-capture -o monday.parquet
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -222,6 +223,62 @@ def stream(
         mean_arrival_s=mean_arrival,
     )
     _write(source, output, writer)
+
+
+@app.command()
+def capture(
+    paths: list[Path] = typer.Argument(
+        metavar="FOLDER...", readable=False, help="Folders that live stores captured into, or single files."
+    ),
+    output: Path = OUTPUT_OPTION,
+    force: bool = FORCE_OPTION,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Make one trace of what live stores have captured.
+
+    Requests of all processes and restarts come in order of time. A file that is damaged or not
+    complete is named on stderr and left out.
+
+    \b
+    Examples:
+      kvstrata trace capture /var/log/kv-capture -o monday.parquet
+      kvstrata trace capture node1/ node2/ -o both.parquet --json | jq .requests
+    """
+    _writer("parquet")
+    from kvstrata.traces.capture_merge import merge_captures
+
+    for path in paths:
+        _refuse_to_replace(output, force, path)
+    with SlotProgress("merging capture files", "accesses") as progress:
+        merged = merge_captures(paths, output, progress)
+    for one in merged.skipped:
+        typer.echo(f"warning: skipped {one_line(one.path)}: {one_line(one.why)}", err=True)
+    if as_json:
+        print_json(
+            {
+                "output": str(output),
+                "files": merged.files,
+                "skipped": [{"file": str(one.path), "why": one.why} for one in merged.skipped],
+                "tenants": merged.tenants,
+                "requests": merged.requests,
+                "accesses": merged.accesses,
+                "unique": merged.unique,
+                "first_unix_seconds": merged.first_unix_s,
+                "last_unix_seconds": merged.last_unix_s,
+                "output_bytes": output.stat().st_size,
+            }
+        )
+        return
+    print_line(
+        f"wrote {one_line(output)}: {merged.requests} requests, {merged.accesses} accesses, "
+        f"{merged.unique} unique blocks, {format_size(output.stat().st_size)}"
+    )
+    print_line(
+        f"from {merged.files} files of {len(merged.tenants)} tenants, "
+        f"{format_age(merged.last_unix_s - merged.first_unix_s)}"
+    )
+    if merged.skipped:
+        print_line(f"skipped {len(merged.skipped)} files")
 
 
 def _open(path: Path, block_bytes: str | None, bytes_per_token: str | None, **options: Any) -> TraceSource:

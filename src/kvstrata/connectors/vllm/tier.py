@@ -145,6 +145,7 @@ class KVStrataTier(SecondaryTierManager):
         positions = {key: req_context.get_offload_key_position(key) for key in chain.keys}
         ordered = sorted(chain.keys, key=lambda key: positions[key] or 0)
         self.store.touch([chain.keys[key] for key in ordered], request=chain.number)
+        self.store.end_request(chain.number)
 
     # vLLM moves
 
