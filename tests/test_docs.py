@@ -23,6 +23,8 @@ from kvstrata.config import (
 )
 from kvstrata.hashing import canonical, chain_keys, namespace_digest, wrap_keys
 from kvstrata.metrics import PREFIX, StoreCollector
+from kvstrata.policies import POLICIES, Policy
+from kvstrata.policies.belady import Belady
 from kvstrata.telemetry import CATALOGUE, HISTOGRAMS
 from kvstrata.types import Namespace
 
@@ -81,6 +83,15 @@ def test_every_key_is_described_with_its_default(section: type, field: dataclass
     value = tomllib.loads("value = " + found[0][1].strip("`"))["value"]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     assert (parse_size(value) if field.name.endswith("_bytes") else value) == default
+
+
+def test_every_policy_and_parameter_is_described_with_its_default() -> None:
+    described = {cells[0].strip("`") for cells in rows("policies.md") if len(cells) == 5}
+    assert {*POLICIES, "belady"} <= described
+    table = [cells for cells in rows("policies.md") if len(cells) == 4 and cells[1].startswith("`")]
+    found = {(cells[0].strip("`"), cells[1].strip("`")): float(cells[2].strip("`")) for cells in table}
+    policies: list[type[Policy] | type[Belady]] = [*POLICIES.values(), Belady]
+    assert found == {(p.name, name): value for p in policies for name, value in p.KNOBS.items()}
 
 
 def test_the_vectors_of_keys_md_are_what_the_code_makes() -> None:

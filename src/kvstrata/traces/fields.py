@@ -83,7 +83,9 @@ def block_ids(record: Record, name: str) -> NDArray[np.int64] | NDArray[np.uint6
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a block twice")
     try:
-        return np.array(values, np.uint64 if max(values) >= 1 << 63 else np.int64)
+        if max(values) >= 1 << 63:
+            return np.array(values, np.uint64)
+        return np.array(values, np.int64)
     except OverflowError as why:
         raise ValueError(f"{name} is no list of integers of 64 bits") from why
 
