@@ -118,7 +118,7 @@ def test_long_runs(name: str, seed: int, equal_sizes: bool) -> None:
     answers = Twins(name, ids, capacity, sizes).run(random_calls(rng, ids, capacity, 1_500))
     hits = [hit for answer in answers for hit in answer.hits]
     assert any(hits) and not all(hits)
-    assert sum(len(answer.evicted) for answer in answers) > 500
+    assert sum(len(answer.evicted) for answer in answers) > 100
 
 
 @given(

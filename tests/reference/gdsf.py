@@ -1,9 +1,9 @@
-"""Greedy-Dual-Size-Frequency from its report: a priority per resident item, and the clock L.
+"""Greedy-Dual-Size-Frequency from its report: a priority per resident item, and the clock.
 
 Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", HP Labs
-HPL-98-69R1, 1998, section 3: Pr(f) = Clock + Fr(f) x Cost(f) / Size(f), set at every access; the unpinned
-item with the lowest one leaves, of equal ones the least recently touched, and its priority becomes the clock.
-The clock never goes back (as it would where what was pinned below it leaves later).
+HPL-98-69R1, 1998: Pr(f) = Clock + Fr(f) x Cost(f) / Size(f), set at every access; the unpinned item with
+the lowest one leaves, of equal ones the least recently touched, and its priority becomes the clock. The
+clock never goes back (as it would where an item that was pinned below it leaves later).
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """LFU with aging from its definition: a counter and the time of the last touch per resident item.
 
-After Robinson and Devarakonda, "Data cache management using frequency-based replacement", SIGMETRICS 1990,
-and Arlitt and Williamson, "Trace-driven simulation of document caching strategies for Internet web servers",
-Simulation 1997 (LFU-Aging): a bounded counter, and all counters are divided now and then. Here that is after
-every age_every-th access that hit or came in, by a right shift of every counter. The unpinned item with the
-lowest counter leaves, of equal ones the least recently touched.
+After Robinson and Devarakonda, "Data cache management using frequency-based replacement", SIGMETRICS 1990:
+all counters are divided now and then. Here that is after every age_every-th access that hit or came in
+(never if it is 0), by a right shift of every counter. The unpinned item with the lowest counter leaves, of
+equal ones the least recently touched.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TinyLFU before a segmented LRU, from the papers, plain: a table of counters and two lists.
 
-Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ACM Transactions on Storage
-2017, sections 3.1 to 3.4.1: a Count-Min sketch of small counters; when as many accesses were counted as make a
+Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ACM Transactions on
+Storage 2017, section 3: a Count-Min sketch of small counters; when as many accesses were counted as make a
 sample, this number and all counters are halved. Karedla, Love and Wherry, "Caching strategies to improve
 disk system performance", Computer 1994: probation and protected segment. No doorkeeper, no window.
 A newcomer that does not fit must be estimated higher than every one of those that would have to leave.

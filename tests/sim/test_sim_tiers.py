@@ -374,7 +374,9 @@ def test_what_moves_adds_up(sample: Workload, policy: str, promote: bool, mode: 
         assert tier.resident_blocks <= tier.capacity_blocks
         assert tier.evictions >= 0
     promoted = sum(link.blocks for link in result.links if link.why == "promote")
-    assert promoted == (sum(tier.served_blocks for tier in result.tiers[1:]) if promote else 0)
+    from_below = sum(tier.served_blocks for tier in result.tiers[1:]) if promote else 0
+    # A policy with an admission door may turn down what is promoted.
+    assert promoted == from_below or (policy == "tinylfu_slru" and promoted < from_below)
 
 
 @pytest.mark.parametrize("sources", ["computed", "whole"])

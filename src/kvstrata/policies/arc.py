@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 def _demote(from_t1: bool, rings: int, links: Links, where: Places, pins: Pins) -> tuple[int, bool]:
     """Send the least recent unpinned block of T1 (or T2), else of the other one, to its ghosts.
 
-    rings: sentinel of T1; those of T2, B1 and B2 follow. Returns the block, or -1, and whether it was of T1.
+    rings: sentinel of T1; those of T2, B1 and B2 follow. Returns the block, or -1, and whether T1 gave it.
     """
     victim = coldest_unpinned(links, pins, rings if from_t1 else rings + 1)
     if victim < 0:

@@ -1,21 +1,21 @@
 """Greedy-Dual-Size-Frequency, in the unit of sizes.
 
 Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", HP Labs
-HPL-98-69R1, 1998, section 3. An access sets the priority of its block to clock + frequency x cost / size;
-the block with the lowest priority leaves, and the clock becomes that priority, so that what is not asked for
-any more is overtaken. Cost 1 keeps many small blocks (block hits); cost = size keeps bytes and is LFU with
-dynamic aging (Arlitt, Cherkasova, Dilley, Friedrich and Jin, "Evaluating content management techniques for
-web proxy caches", Performance Evaluation Review 2000).
+HPL-98-69R1, 1998. An access sets the priority of its block to clock + frequency x cost / size; the block
+with the lowest priority leaves, and the clock becomes that priority, so that what is not asked for any more
+is overtaken. Cost 1 keeps many small blocks (block hits); cost = size keeps bytes and is LFU with dynamic
+aging (Arlitt, Cherkasova, Dilley, Friedrich and Jin, "Evaluating content management techniques for web
+proxy caches", Performance Evaluation Review 2000).
 
-Choices: the frequency starts at 1 and is gone when its block leaves; of equal priorities the least recently used
-leaves; blocks of a request are touched root first; where what was pinned below the clock leaves later, the
-clock stays.
+Choices: the frequency starts at 1 and is gone when its block leaves; of equal priorities the least
+recently used leaves; blocks of a request are touched root first; where a block that was pinned below the
+clock leaves later, the clock stays.
 
 Instead of the report's heap this is a radix heap of lists (Ahuja, Mehlhorn, Orlin and Tarjan, "Faster
-algorithms for the shortest path problem", JACM 1990): no priority is ever set below the clock, and list b holds
-those that differ from it in bit b - 1 and no higher one. A hit moves a block to the front of its
-new list; when list 0 has nothing to give, the lowest list that has is spread over those below it. A block
-goes down at most 63 times after an access, and lists stay in order of time, which settles ties.
+algorithms for the shortest path problem", JACM 1990): no priority is ever set below the clock, and list b
+holds those that differ from it in bit b - 1 and in no higher one. A hit moves a block to the front of its
+new list. When list 0 has nothing to give, the lowest list that has is spread over those below it, so that a
+block goes down at most 63 times after an access. Lists stay in order of time, which settles ties.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _list_of(index: int, bits: Ints) -> int:
 
 @kernel
 def _sink(last: int, links: Links, priority: Floats, state: Ints, sentinel: int) -> None:
-    """Move what is below the clock, which is pinned, from the lists up to the last one into list 0, by priority."""
+    """Move what is below the clock (it is pinned) from the lists up to `last` into list 0, by priority."""
     for ring in range(sentinel + state[LOWEST], sentinel + last + 1):
         node = links[ring, PREV]
         while node != ring:

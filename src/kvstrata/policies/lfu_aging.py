@@ -1,19 +1,18 @@
-"""Least frequently used, with aging: counters are shifted right every so many accesses.
+"""Least frequently used, with aging: all counters are shifted right every so many accesses.
 
-Robinson and Devarakonda, "Data cache management using frequency-based replacement", SIGMETRICS 1990,
-section 2 (bounded counters, all of them divided now and then), without their correlation section; Arlitt
-and Williamson, "Trace-driven simulation of document caching strategies for Internet web servers",
-Simulation 1997, call it LFU-Aging. Both age when the mean counter passes a bound; here an aging comes after
-every age_every-th access, as in published studies of KV caches.
+Robinson and Devarakonda, "Data cache management using frequency-based replacement", SIGMETRICS 1990, where
+all reference counts are halved when their mean has grown too large; without that paper's sections of the
+cache. Here an aging comes after every age_every-th access instead, as in published studies of KV caches.
 
-Choices: only accesses that hit or came in take time; a counter starts at 1, stays at 32,767, may be shifted
-to 0, and is gone when its id leaves; of equal counters the least recently used id leaves; blocks of a request are
-touched root first.
+Choices: only accesses that hit or came in take time; a counter starts at 1, stays at 32,767, may be
+shifted to 0, and is gone when its block leaves; of equal counters the least recently used block leaves;
+blocks of a request are touched root first.
 
-One list per counter value, most recent first, and a hit moves an id to the front of the next one. An aging
-merges lists pairwise in order of time and touches only ids whose counter is not 0 yet: an access adds at most one
-bit to the length of a counter and a shift takes one away, so that all agings together visit fewer ids
-than there are accesses. What has sunk to 0 is passed only as far back as the newly sunk reach.
+There is one list per counter value, most recent first, and a hit moves a block to the front of the next
+one. An aging merges lists pairwise in order of time, and visits only blocks whose counter is not 0 yet: an
+access makes a counter at most one bit longer and a shift one bit shorter, so that all agings together visit
+no more blocks than there are accesses. Of the blocks that sank to 0 earlier, those are passed that were
+touched after the oldest of the newly sunk.
 """
 
 from __future__ import annotations

