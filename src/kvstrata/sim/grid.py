@@ -349,15 +349,16 @@ def _give_away(todo: Mapping[TraceSpec, Sequence[Cell]], pool: _Pool, rates: _Ra
     here = None if pool.chosen else os.getpid()
     pieces = list(_pieces(todo, pool.workers, rates))
     sink.tell()
-    finished_pieces = parallel(joblib.delayed(_run_piece)(piece, here) for piece in pieces)
-    try:
-        for finished, skipped in finished_pieces:
-            sink.take(finished, skipped)
-    finally:
-        if pool.generator:
-            with warnings.catch_warnings():
-                # Whoever interrupts a sweep knows that the rest of it is not done.
-                warnings.filterwarnings("ignore", message=".*being processed by the workers")
+    with warnings.catch_warnings():
+        # loky replaces workers that have grown; whoever interrupts a sweep knows that the rest is not done.
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
+        warnings.filterwarnings("ignore", message=".*being processed by the workers")
+        finished_pieces = parallel(joblib.delayed(_run_piece)(piece, here) for piece in pieces)
+        try:
+            for finished, skipped in finished_pieces:
+                sink.take(finished, skipped)
+        finally:
+            if pool.generator:
                 finished_pieces.close()
 
 
