@@ -1,7 +1,8 @@
-"""One Hypothesis profile for the whole suite: repeatable, and never about time."""
+"""For the whole suite: one Hypothesis profile, repeatable and never about time; long files first."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -14,3 +15,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("kvstrata")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files go to processes in this order: an engine that starts last would leave the others idle."""
+    items.sort(key=lambda item: item.path.parent.name not in ("vllm", "store"))

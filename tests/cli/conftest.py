@@ -12,6 +12,12 @@ from typer.testing import CliRunner, Result
 from kvstrata.cli.app import app
 
 
+@pytest.fixture(autouse=True)
+def width_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output as it is in a pipe, whatever terminal (or runner of tests) this is started from."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     """Forty blocks after a clean close."""
