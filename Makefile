@@ -1,4 +1,4 @@
-# kvstrata: make demo | make test | make check | make clean
+# kvstrata: make demo | make test | make check | make study | make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,13 +7,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help demo test check bench setup clean
+.PHONY: help demo test check bench study setup clean
 
 help:
 	@echo "make demo    set everything up; a real vLLM on the CPU gets its prefixes back from kvstrata"
 	@echo "make test    set everything up; run all tests"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure what the README claims"
+	@echo "make study   every eviction policy on the real traces: docs/study (TRACES=DIR for other ones)"
 	@echo "make clean   remove what the others made"
 
 demo: $(VENV)/ready
@@ -34,6 +35,13 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/opening.py --dir .demo
 	$(BIN)/python benchmarks/file_io.py --dir .demo/bench
+	@test -d ../shared/traces/open || { echo "the real traces are not beside this folder: no simulator"; exit 1; }
+	$(BIN)/python benchmarks/simulator.py
+	$(BIN)/python benchmarks/study_grid.py
+	$(BIN)/python benchmarks/streaming.py --dir .demo
+
+study: $(VENV)/ready
+	$(BIN)/python benchmarks/study $(if $(TRACES),--traces "$(TRACES)")
 
 setup: $(VENV)/ready
 

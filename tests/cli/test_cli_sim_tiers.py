@@ -128,7 +128,7 @@ def test_a_picture_of_blocks_that_are_no_tokens(tmp_path: Path) -> None:
 
 def test_matplotlib_stays_out_until_a_picture_is_drawn() -> None:
     code = (
-        "import sys; from kvstrata.cli import sim_tiers; import kvstrata.sim.tiers_picture;"
+        "import sys; from kvstrata.cli import sim_tiers; import kvstrata.sim.report.tiers_picture;"
         "print('matplotlib' in sys.modules)"
     )
     done = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstrata.sim.labels import Box, place_labels, spread_out
+from kvstrata.sim.report.labels import Box, place_labels, spread_out
 
 PLACES = st.lists(st.floats(0, 1), min_size=1, max_size=16).map(sorted)
 

@@ -13,9 +13,9 @@ import pytest
 from report_kit import LFU, TWELVE, run_of, twelve_runs
 
 from kvstrata.errors import ConfigError
-from kvstrata.sim import pictures
-from kvstrata.sim.look import DOTS_PER_INCH, STYLES, WIDTH_INCHES, style_of
-from kvstrata.sim.pictures import MissCurve, draw_all
+from kvstrata.sim.report import pictures
+from kvstrata.sim.report.look import DOTS_PER_INCH, STYLES, WIDTH_INCHES, style_of
+from kvstrata.sim.report.pictures import MissCurve, draw_all
 from kvstrata.sim.tables import Study, block_hits, headline, study_of
 
 pytest.importorskip("matplotlib", reason="pip install 'kvstrata[sim]'")

@@ -10,8 +10,8 @@ import pytest
 from report_kit import run_of, sample_runs, twelve_runs
 
 from kvstrata.errors import ConfigError
-from kvstrata.sim.report import PAGE, TEXT, render_page, sections_of, sheets_of, write_report
-from kvstrata.sim.sheets import to_csv
+from kvstrata.sim.report.page import PAGE, TEXT, render_page, sections_of, sheets_of, write_report
+from kvstrata.sim.report.sheets import to_csv
 from kvstrata.sim.tables import study_of
 
 pytest.importorskip("matplotlib", reason="pip install 'kvstrata[sim]'")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from kvstrata.sim.report import write_report
+    from kvstrata.sim.report.page import write_report
 
     pytest.importorskip("matplotlib", reason="pip install 'kvstrata[sim]'")
     return write_report(twelve_runs(), tmp_path_factory.mktemp("report"), title="A & B")[0]

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_kit import LFU, run_of, twelve_runs
 
-from kvstrata.sim import findings
-from kvstrata.sim.sheets import escape_markdown, headline_sheet, run_sheet, shown, to_csv, to_markdown
+from kvstrata.sim.report import findings
+from kvstrata.sim.report.sheets import (
+    escape_markdown,
+    headline_sheet,
+    run_sheet,
+    shown,
+    to_csv,
+    to_markdown,
+)
 from kvstrata.sim.tables import (
     BYTES,
     FRACTION,

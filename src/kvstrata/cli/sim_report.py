@@ -44,7 +44,7 @@ def report(
       kvstrata sim report results/ -o report/ --curve chat.json --curve agents.json
       kvstrata sim report results/ -o report/ --force --json | jq -r .page
     """
-    from kvstrata.sim.report import TITLE, read_curve, write_report
+    from kvstrata.sim.report.page import TITLE, read_curve, write_report
 
     runs, asked = _read(results)
     misses = [read_curve(path) for path in curves or ()]

@@ -123,8 +123,8 @@ def tiers(
         --tier shared_fs,capacity=100%
     """
     from kvstrata.sim.replay import Workload
+    from kvstrata.sim.report.tiers_picture import check_picture, draw_tiers
     from kvstrata.sim.tiers import simulate_tiers
-    from kvstrata.sim.tiers_picture import check_picture, draw_tiers
     from kvstrata.sim.ttft import ComputeModel
 
     if sources not in ("computed", "whole"):

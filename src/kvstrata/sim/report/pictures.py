@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvstrata.sim.labels import spread_out
-from kvstrata.sim.look import (
+from kvstrata.sim.report.labels import spread_out
+from kvstrata.sim.report.look import (
     DASH,
     DOT,
     GRID,
@@ -21,7 +21,7 @@ from kvstrata.sim.look import (
     png_of,
     style_of,
 )
-from kvstrata.sim.regimes import regimes
+from kvstrata.sim.report.regimes import regimes
 from kvstrata.sim.tables import (
     BLOCKS,
     ORACLE,

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from kvstrata import __version__
 from kvstrata.errors import ConfigError
-from kvstrata.sim import findings
 from kvstrata.sim.metrics import RunResult
-from kvstrata.sim.pictures import MissCurve, Picture, draw_all
 from kvstrata.sim.replay import SIMULATED
-from kvstrata.sim.sheets import (
+from kvstrata.sim.report import findings
+from kvstrata.sim.report.pictures import MissCurve, Picture, draw_all
+from kvstrata.sim.report.sheets import (
     Sheet,
     capacity_sheets,
     escape_markdown,
@@ -268,7 +268,7 @@ def render_page(sections: Sequence[Section], title: str) -> str:
             "the page needs the package jinja2, which is not installed: pip install 'kvstrata[sim]'"
         ) from None
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kvstrata.sim", "."),
+        loader=jinja2.PackageLoader("kvstrata.sim.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -276,7 +276,7 @@ def render_page(sections: Sequence[Section], title: str) -> str:
     )
     environment.filters["shown"] = lambda value, kind: shown(kind, value)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
-    return environment.get_template("report.html.j2").render(title=title, sections=sections)
+    return environment.get_template("page.html.j2").render(title=title, sections=sections)
 
 
 def render_markdown(sections: Sequence[Section], title: str) -> str:

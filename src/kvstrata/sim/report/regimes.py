@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvstrata.sim.labels import Box, needs_leader, place_labels
-from kvstrata.sim.look import DOT, DOTS_PER_INCH, INK, QUIET, look, name_of, new_figure, style_of
+from kvstrata.sim.report.labels import Box, needs_leader, place_labels
+from kvstrata.sim.report.look import DOT, DOTS_PER_INCH, INK, QUIET, look, name_of, new_figure, style_of
 from kvstrata.sim.tables import ORACLE, Scores, pareto_front
 
 if TYPE_CHECKING:

@@ -196,7 +196,7 @@ def tuning_sheets(study: Study) -> list[Sheet]:
 def _knobs_as_text(rows: tuple[tuple[Value, ...], ...], knobs: int) -> tuple[tuple[Value, ...], ...]:
     return tuple(
         tuple(
-            f"{value:g}" if place < knobs and isinstance(value, float) else value
+            f"{value:g}" if place < knobs and isinstance(value, int | float) else value
             for place, value in enumerate(row)
         )
         for row in rows
