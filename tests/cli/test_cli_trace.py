@@ -168,7 +168,7 @@ def test_broken_records_are_counted(run: Run, tmp_path: Path) -> None:
         (["info", "{t}"], "no trace of a known format"),
         (["info", "{s}", "--format", "tar"], "no trace format 'tar'"),
         (["info", "{s}", "--block-bytes", "3 pounds"], "--block-bytes: '3 pounds' is not a size"),
-        (["info", "{s}", "--block-bytes", "0"], "block_bytes is 0"),
+        (["info", "{s}", "--block-bytes", "0"], "--block-bytes: take at least one byte"),
         (["info", "{s}", "--block-tokens", "16"], "--block-tokens"),
         (["convert", "{s}"], "Missing option"),
         (["convert", "{s}", "-o", "{d}"], "is a folder"),

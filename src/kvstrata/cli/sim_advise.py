@@ -8,26 +8,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
-from kvstrata.cli.sim_options import params_label, ratio, read_specs, tell_skipped
-from kvstrata.cli.trace import (
-    BLOCK_BYTES_OPTION,
-    BLOCK_TOKENS_OPTION,
-    BYTES_PER_TOKEN_OPTION,
-    CSV_COLUMNS_OPTION,
-    FORMAT_OPTION,
-    FULL_BLOCKS_OPTION,
-    MEAN_ARRIVAL_OPTION,
-    PATH_PREFIX_OPTION,
-    SEED_OPTION,
-    SKIP_BAD_OPTION,
-    TRACE_HELP,
-)
+from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
+from kvstrata.cli.sim_options import params_label, ratio, tell_skipped
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvstrata.sim.advise import Advice
 
 
+@reads_traces
 def advise(
     trace: Path = typer.Argument(metavar="TRACE", readable=False, help=TRACE_HELP),
     bottleneck: str = typer.Option(
@@ -45,16 +34,7 @@ def advise(
         metavar="SHARE",
         help="With bandwidth: the share of the best hit ratio that less writing may cost.",
     ),
-    format: str | None = FORMAT_OPTION,
-    skip_bad: bool = SKIP_BAD_OPTION,
-    block_bytes: str | None = BLOCK_BYTES_OPTION,
-    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
-    block_tokens: int | None = BLOCK_TOKENS_OPTION,
-    full_blocks: bool = FULL_BLOCKS_OPTION,
-    csv_columns: str | None = CSV_COLUMNS_OPTION,
-    path_prefix: str | None = PATH_PREFIX_OPTION,
-    seed: int = SEED_OPTION,
-    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    reading: Reading = Reading(),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Say which policy and what capacity would hold this traffic, and why.
@@ -76,19 +56,7 @@ def advise(
     if capacity is not None:
         normal(capacity)
     share = _share(give_up)
-    specs = read_specs(
-        [trace],
-        format=format,
-        skip_bad=skip_bad,
-        block_bytes=block_bytes,
-        bytes_per_token=bytes_per_token,
-        block_tokens=block_tokens,
-        full_blocks=full_blocks,
-        csv_columns=csv_columns,
-        path_prefix=path_prefix,
-        seed=seed,
-        mean_arrival=mean_arrival,
-    )
+    specs = reading.specs([trace])
     with SlotProgress(f"reading {one_line(trace)}", "conversations") as progress:
         workload = workload_of(specs[0], progress)
     with SlotProgress("simulating", "runs") as progress:

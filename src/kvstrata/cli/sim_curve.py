@@ -8,21 +8,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
-from kvstrata.cli.sim_options import ratio, read_specs, tell_skipped
-from kvstrata.cli.trace import (
-    BLOCK_BYTES_OPTION,
-    BLOCK_TOKENS_OPTION,
-    BYTES_PER_TOKEN_OPTION,
-    CSV_COLUMNS_OPTION,
-    FORCE_OPTION,
-    FORMAT_OPTION,
-    FULL_BLOCKS_OPTION,
-    MEAN_ARRIVAL_OPTION,
-    PATH_PREFIX_OPTION,
-    SEED_OPTION,
-    SKIP_BAD_OPTION,
-    TRACE_HELP,
-)
+from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
+from kvstrata.cli.sim_options import ratio, tell_skipped
+from kvstrata.cli.trace import FORCE_OPTION
 from kvstrata.config import format_size
 from kvstrata.errors import ConfigError
 
@@ -32,6 +20,7 @@ if TYPE_CHECKING:
 SHOWN_PERCENT = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80, 100)
 
 
+@reads_traces
 def curve(
     trace: Path = typer.Argument(metavar="TRACE", readable=False, help=TRACE_HELP),
     policy: str = typer.Option("lru", "--policy", metavar="NAME", help="lru or lru_forward."),
@@ -44,16 +33,7 @@ def curve(
         help="Write .csv, .json, .png, .svg or .pdf.",
     ),
     force: bool = FORCE_OPTION,
-    format: str | None = FORMAT_OPTION,
-    skip_bad: bool = SKIP_BAD_OPTION,
-    block_bytes: str | None = BLOCK_BYTES_OPTION,
-    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
-    block_tokens: int | None = BLOCK_TOKENS_OPTION,
-    full_blocks: bool = FULL_BLOCKS_OPTION,
-    csv_columns: str | None = CSV_COLUMNS_OPTION,
-    path_prefix: str | None = PATH_PREFIX_OPTION,
-    seed: int = SEED_OPTION,
-    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    reading: Reading = Reading(),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Show what LRU would hit at every capacity, exactly, from one pass.
@@ -72,19 +52,7 @@ def curve(
         check_suffix(output)
         if output.exists() and not force:
             raise ConfigError(f"{output} exists; --force replaces it")
-    specs = read_specs(
-        [trace],
-        format=format,
-        skip_bad=skip_bad,
-        block_bytes=block_bytes,
-        bytes_per_token=bytes_per_token,
-        block_tokens=block_tokens,
-        full_blocks=full_blocks,
-        csv_columns=csv_columns,
-        path_prefix=path_prefix,
-        seed=seed,
-        mean_arrival=mean_arrival,
-    )
+    specs = reading.specs([trace])
     with SlotProgress(f"reading {one_line(trace)}", "conversations") as progress:
         workload = workload_of(specs[0], progress)
     with SlotProgress("replaying", "accesses") as progress:

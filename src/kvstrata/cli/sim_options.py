@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kvstrata.cli.output import one_line, print_line, print_table
-from kvstrata.config import format_size, parse_size
+from kvstrata.config import format_size
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvstrata.sim.metrics import RunResult
-    from kvstrata.sim.specs import TraceSpec
 
 ALL = "all"
 STUDY_CAPACITIES = "0.1%,1%,5%,10%,20%,40%"
@@ -31,49 +29,6 @@ JOBS_OPTION = typer.Option(
 FOLDER_OPTION = typer.Option(
     ..., "-o", "--output", metavar="DIR", readable=False, help="Folder for the results; made if missing."
 )
-
-
-def read_specs(
-    paths: Sequence[Path],
-    *,
-    format: str | None,
-    skip_bad: bool,
-    block_bytes: str | None,
-    bytes_per_token: str | None,
-    block_tokens: int | None,
-    full_blocks: bool = False,
-    csv_columns: str | None,
-    path_prefix: str | None,
-    seed: int,
-    mean_arrival: float,
-) -> list[TraceSpec]:
-    """The traces that were named on a command line. Raises ConfigError and OSError; reads none of them."""
-    from kvstrata.sim.specs import trace_specs
-    from kvstrata.traces.open import OpenOptions
-    from kvstrata.traces.trace import DEFAULT_BYTES_PER_TOKEN
-
-    options = OpenOptions(
-        skip_bad=skip_bad,
-        block_bytes=_size("--block-bytes", block_bytes),
-        bytes_per_token=_size("--bytes-per-token", bytes_per_token) or DEFAULT_BYTES_PER_TOKEN,
-        seed=seed,
-        mean_arrival_s=mean_arrival,
-        block_tokens=block_tokens,
-        full_blocks=full_blocks,
-        csv_columns=csv_columns,
-        path_prefix=path_prefix,
-    )
-    return trace_specs(paths, format, options)
-
-
-def _size(option: str, text: str | None) -> int | None:
-    try:
-        size = None if text is None else parse_size(text)
-    except ValueError as why:
-        raise ConfigError(f"{option}: {why}") from why
-    if size == 0:
-        raise ConfigError(f"{option}: take at least one byte")
-    return size
 
 
 def read_policies(text: str) -> list[str]:

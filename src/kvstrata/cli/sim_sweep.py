@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
+from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import (
     CAPACITY_HELP,
     FOLDER_OPTION,
@@ -20,28 +21,15 @@ from kvstrata.cli.sim_options import (
     counted,
     plain_params,
     ratio,
-    read_specs,
     read_variants,
     tell_skipped,
-)
-from kvstrata.cli.trace import (
-    BLOCK_BYTES_OPTION,
-    BLOCK_TOKENS_OPTION,
-    BYTES_PER_TOKEN_OPTION,
-    CSV_COLUMNS_OPTION,
-    FORMAT_OPTION,
-    FULL_BLOCKS_OPTION,
-    MEAN_ARRIVAL_OPTION,
-    PATH_PREFIX_OPTION,
-    SEED_OPTION,
-    SKIP_BAD_OPTION,
-    TRACE_HELP,
 )
 
 if TYPE_CHECKING:
     from kvstrata.sim.tables import Scores
 
 
+@reads_traces
 def sweep(
     traces: list[Path] = typer.Argument(metavar="TRACE...", readable=False, help=TRACE_HELP),
     output: Path = FOLDER_OPTION,
@@ -49,16 +37,7 @@ def sweep(
     capacity: str = typer.Option(STUDY_CAPACITIES, "--capacity", metavar="LIST", help=CAPACITY_HELP),
     settings: list[str] | None = SET_OPTION,
     jobs: int | None = JOBS_OPTION,
-    format: str | None = FORMAT_OPTION,
-    skip_bad: bool = SKIP_BAD_OPTION,
-    block_bytes: str | None = BLOCK_BYTES_OPTION,
-    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
-    block_tokens: int | None = BLOCK_TOKENS_OPTION,
-    full_blocks: bool = FULL_BLOCKS_OPTION,
-    csv_columns: str | None = CSV_COLUMNS_OPTION,
-    path_prefix: str | None = PATH_PREFIX_OPTION,
-    seed: int = SEED_OPTION,
-    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    reading: Reading = Reading(),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Run a whole grid, and keep the results.
@@ -78,19 +57,7 @@ def sweep(
 
     variants = read_variants(policy, settings or [])
     capacities = split_capacities(capacity)
-    specs = read_specs(
-        traces,
-        format=format,
-        skip_bad=skip_bad,
-        block_bytes=block_bytes,
-        bytes_per_token=bytes_per_token,
-        block_tokens=block_tokens,
-        full_blocks=full_blocks,
-        csv_columns=csv_columns,
-        path_prefix=path_prefix,
-        seed=seed,
-        mean_arrival=mean_arrival,
-    )
+    specs = reading.specs(traces)
     with SlotProgress("simulating", "runs") as progress:
         grid = run_grid(specs, variants, capacities, out=output, jobs=jobs, progress=progress)
     tell_skipped(grid.skipped)

@@ -13,19 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
-from kvstrata.cli.sim_options import read_specs, tell_skipped
-from kvstrata.cli.trace import (
-    BLOCK_BYTES_OPTION,
-    BLOCK_TOKENS_OPTION,
-    BYTES_PER_TOKEN_OPTION,
-    CSV_COLUMNS_OPTION,
-    FORMAT_OPTION,
-    MEAN_ARRIVAL_OPTION,
-    PATH_PREFIX_OPTION,
-    SEED_OPTION,
-    SKIP_BAD_OPTION,
-    TRACE_HELP,
-)
+from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
+from kvstrata.cli.sim_options import tell_skipped
 from kvstrata.config import Config, MemoryTierConfig, WriteMode, format_size, load_config, parse_size
 from kvstrata.errors import ConfigError
 
@@ -57,6 +46,7 @@ class Wanted:
     write_mode: WriteMode
 
 
+@reads_traces
 def tiers(
     trace: Path = typer.Argument(metavar="TRACE", readable=False, help=TRACE_HELP),
     tier: list[str] | None = typer.Option(None, "--tier", metavar="TEXT", help=TIER_HELP),
@@ -90,15 +80,7 @@ def tiers(
         None, "-o", "--output", metavar="FILE", readable=False, help="Write a picture: .png, .svg or .pdf."
     ),
     force: bool = typer.Option(False, "--force", help="Replace the picture if it exists."),
-    format: str | None = FORMAT_OPTION,
-    skip_bad: bool = SKIP_BAD_OPTION,
-    block_bytes: str | None = BLOCK_BYTES_OPTION,
-    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
-    block_tokens: int | None = BLOCK_TOKENS_OPTION,
-    csv_columns: str | None = CSV_COLUMNS_OPTION,
-    path_prefix: str | None = PATH_PREFIX_OPTION,
-    seed: int = SEED_OPTION,
-    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    reading: Reading = Reading(),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Simulate tiers in front of each other: hits, traffic and TTFT.
@@ -135,18 +117,7 @@ def tiers(
         check_picture(output)
         if output.exists() and not force:
             raise ConfigError(f"{output}: exists; name another file or add --force")
-    specs = read_specs(
-        [trace],
-        format=format,
-        skip_bad=skip_bad,
-        block_bytes=block_bytes,
-        bytes_per_token=bytes_per_token,
-        block_tokens=block_tokens,
-        csv_columns=csv_columns,
-        path_prefix=path_prefix,
-        seed=seed,
-        mean_arrival=mean_arrival,
-    )
+    specs = reading.specs([trace])
     source = _open(specs[0])
     if source.head.skipped:
         tell_skipped({specs[0].name: source.head.skipped})
@@ -185,11 +156,10 @@ def _links_of(specs: Sequence[TierSpec]) -> dict[str, Any]:
 
 def _open(spec: TraceSpec) -> TraceSource:
     """With the times and features that `TraceSpec.open` may leave out."""
-    from kvstrata.traces.open import open_trace
+    from kvstrata.traces.open import open_with
 
-    options = {each.name: getattr(spec.options, each.name) for each in dataclasses.fields(spec.options)}
     with SlotProgress(f"reading {one_line(spec.path)}", "conversations") as progress:
-        return open_trace(spec.path, format=spec.format, **(options | {"progress": progress}))
+        return open_with(spec.path, spec.format, dataclasses.replace(spec.options, progress=progress))
 
 
 # What tiers are asked for

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from kvstrata.cli.output import JSON_OPTION, SlotProgress, print_json, print_line
+from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import (
     CAPACITY_HELP,
     FOLDER_OPTION,
@@ -15,26 +16,13 @@ from kvstrata.cli.sim_options import (
     plain_params,
     read_policies,
     read_settings,
-    read_specs,
     tell_skipped,
 )
 from kvstrata.cli.sim_sweep import means_over, scores_to_json, show_scores, tell_grid
-from kvstrata.cli.trace import (
-    BLOCK_BYTES_OPTION,
-    BLOCK_TOKENS_OPTION,
-    BYTES_PER_TOKEN_OPTION,
-    CSV_COLUMNS_OPTION,
-    FORMAT_OPTION,
-    FULL_BLOCKS_OPTION,
-    MEAN_ARRIVAL_OPTION,
-    PATH_PREFIX_OPTION,
-    SEED_OPTION,
-    SKIP_BAD_OPTION,
-    TRACE_HELP,
-)
 from kvstrata.errors import ConfigError
 
 
+@reads_traces
 def tune(
     traces: list[Path] = typer.Argument(metavar="TRACE...", readable=False, help=TRACE_HELP),
     output: Path = FOLDER_OPTION,
@@ -46,16 +34,7 @@ def tune(
     ),
     capacity: str = typer.Option(STUDY_CAPACITIES, "--capacity", metavar="LIST", help=CAPACITY_HELP),
     jobs: int | None = JOBS_OPTION,
-    format: str | None = FORMAT_OPTION,
-    skip_bad: bool = SKIP_BAD_OPTION,
-    block_bytes: str | None = BLOCK_BYTES_OPTION,
-    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
-    block_tokens: int | None = BLOCK_TOKENS_OPTION,
-    full_blocks: bool = FULL_BLOCKS_OPTION,
-    csv_columns: str | None = CSV_COLUMNS_OPTION,
-    path_prefix: str | None = PATH_PREFIX_OPTION,
-    seed: int = SEED_OPTION,
-    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    reading: Reading = Reading(),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Run variants of a policy's parameters against lru and arc, and keep the results.
@@ -82,19 +61,7 @@ def tune(
             raise ConfigError(f"--policy {policy}: one policy is tuned at a time")
         variants = grid_variants(names[0], read_settings(settings or [], names).get(names[0], {}))
     capacities = split_capacities(capacity)
-    specs = read_specs(
-        traces,
-        format=format,
-        skip_bad=skip_bad,
-        block_bytes=block_bytes,
-        bytes_per_token=bytes_per_token,
-        block_tokens=block_tokens,
-        full_blocks=full_blocks,
-        csv_columns=csv_columns,
-        path_prefix=path_prefix,
-        seed=seed,
-        mean_arrival=mean_arrival,
-    )
+    specs = reading.specs(traces)
     chosen = [(variant.policy, variant.params) for variant in variants]
     with SlotProgress("simulating", "runs") as progress:
         grid = run_grid(specs, chosen, capacities, out=output, jobs=jobs, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,54 +19,23 @@ from kvstrata.cli.output import (
     print_line,
     print_table,
 )
-from kvstrata.config import format_size, parse_size
+from kvstrata.cli.reading import (
+    BLOCK_BYTES_OPTION,
+    BYTES_PER_TOKEN_OPTION,
+    MEAN_ARRIVAL_OPTION,
+    SEED_OPTION,
+    SKIP_BAD_OPTION,
+    TRACE_HELP,
+    Reading,
+    reads_traces,
+)
+from kvstrata.config import format_size
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvstrata.traces.summary import TraceSummary
     from kvstrata.traces.trace import TraceSource
 
-TRACE_HELP = "A trace file, or a folder of agentic conversations."
-FORMAT_OPTION = typer.Option(
-    None, "--format", metavar="NAME", help="Format of the trace; by default its content tells."
-)
-SKIP_BAD_OPTION = typer.Option(
-    False, "--skip-bad", help="Pass over records that cannot be read; count them."
-)
-BLOCK_BYTES_OPTION = typer.Option(
-    None,
-    "--block-bytes",
-    metavar="SIZE",
-    help="Size of every block, such as 64MiB, in place of the trace's.",
-)
-BYTES_PER_TOKEN_OPTION = typer.Option(
-    None,
-    "--bytes-per-token",
-    metavar="SIZE",
-    help="KV bytes of a token, for traces that count tokens. [default: 131072]",
-)
-BLOCK_TOKENS_OPTION = typer.Option(
-    None,
-    "--block-tokens",
-    metavar="N",
-    help="Tokens of a block, where that is open: agentic (64), folders of it (256), Mooncake (512).",
-)
-FULL_BLOCKS_OPTION = typer.Option(
-    False, "--full-blocks", help="Of Mooncake traces, leave out the partial block at a request's end."
-)
-CSV_COLUMNS_OPTION = typer.Option(
-    None,
-    "--csv-columns",
-    metavar="TEXT",
-    help="Columns of a CSV trace, such as time-col=1,obj-id-col=2,obj-size-col=3.",
-)
-PATH_PREFIX_OPTION = typer.Option(
-    None, "--path-prefix", metavar="DIR", help="Of an strace log, only files under this folder."
-)
-SEED_OPTION = typer.Option(1, "--seed", metavar="N", help="Seed of the order and the arrivals of a stream.")
-MEAN_ARRIVAL_OPTION = typer.Option(
-    120.0, "--mean-arrival", metavar="SECONDS", help="Mean time between two conversations of a stream."
-)
 OUTPUT_OPTION = typer.Option(
     ..., "-o", "--output", metavar="FILE", readable=False, help="The file to write."
 )
@@ -90,18 +60,10 @@ def trace(context: typer.Context) -> None:
 
 
 @app.command()
+@reads_traces
 def info(
     traces: list[Path] = typer.Argument(metavar="TRACE...", readable=False, help=TRACE_HELP),
-    format: str | None = FORMAT_OPTION,
-    skip_bad: bool = SKIP_BAD_OPTION,
-    block_bytes: str | None = BLOCK_BYTES_OPTION,
-    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
-    block_tokens: int | None = BLOCK_TOKENS_OPTION,
-    full_blocks: bool = FULL_BLOCKS_OPTION,
-    csv_columns: str | None = CSV_COLUMNS_OPTION,
-    path_prefix: str | None = PATH_PREFIX_OPTION,
-    seed: int = SEED_OPTION,
-    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    reading: Reading = Reading(),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Show what traces are like: requests, accesses, reuse, bytes, lengths and gaps.
@@ -116,19 +78,7 @@ def info(
 
     summaries = []
     for path in traces:
-        source = _open(
-            path,
-            block_bytes,
-            bytes_per_token,
-            format=format,
-            skip_bad=skip_bad,
-            block_tokens=block_tokens,
-            full_blocks=full_blocks,
-            csv_columns=csv_columns,
-            path_prefix=path_prefix,
-            seed=seed,
-            mean_arrival_s=mean_arrival,
-        )
+        source = _open(path, reading)
         with SlotProgress(f"reading {one_line(path)}", "accesses") as progress:
             summaries.append(summarize(source, progress))
     if as_json:
@@ -138,22 +88,14 @@ def info(
 
 
 @app.command()
+@reads_traces
 def convert(
     trace: Path = typer.Argument(metavar="TRACE", readable=False, help=TRACE_HELP),
     output: Path = OUTPUT_OPTION,
     to: str = typer.Option(
         "parquet", "--to", metavar="NAME", help="parquet, or oracleGeneral for libCacheSim."
     ),
-    format: str | None = FORMAT_OPTION,
-    skip_bad: bool = SKIP_BAD_OPTION,
-    block_bytes: str | None = BLOCK_BYTES_OPTION,
-    bytes_per_token: str | None = BYTES_PER_TOKEN_OPTION,
-    block_tokens: int | None = BLOCK_TOKENS_OPTION,
-    full_blocks: bool = FULL_BLOCKS_OPTION,
-    csv_columns: str | None = CSV_COLUMNS_OPTION,
-    path_prefix: str | None = PATH_PREFIX_OPTION,
-    seed: int = SEED_OPTION,
-    mean_arrival: float = MEAN_ARRIVAL_OPTION,
+    reading: Reading = Reading(),
     force: bool = FORCE_OPTION,
 ) -> None:
     """Write any trace in kvstrata's own columns, which load fast and stream.
@@ -166,19 +108,7 @@ def convert(
     """
     writer = _writer(to)
     _refuse_to_replace(output, force, trace)
-    source = _open(
-        trace,
-        block_bytes,
-        bytes_per_token,
-        format=format,
-        skip_bad=skip_bad,
-        block_tokens=block_tokens,
-        full_blocks=full_blocks,
-        csv_columns=csv_columns,
-        path_prefix=path_prefix,
-        seed=seed,
-        mean_arrival_s=mean_arrival,
-    )
+    source = _open(trace, reading)
     _write(source, output, writer)
 
 
@@ -214,13 +144,15 @@ def stream(
     _refuse_to_replace(output, force, agentic)
     source = _open(
         agentic,
-        block_bytes,
-        bytes_per_token,
-        format="stream",
-        skip_bad=skip_bad,
-        block_tokens=block_tokens,
-        seed=seed,
-        mean_arrival_s=mean_arrival,
+        Reading(
+            "stream",
+            skip_bad,
+            block_bytes,
+            bytes_per_token,
+            block_tokens,
+            seed=seed,
+            mean_arrival=mean_arrival,
+        ),
     )
     _write(source, output, writer)
 
@@ -281,26 +213,11 @@ def capture(
         print_line(f"skipped {len(merged.skipped)} files")
 
 
-def _open(path: Path, block_bytes: str | None, bytes_per_token: str | None, **options: Any) -> TraceSource:
-    from kvstrata.traces.open import open_trace
-    from kvstrata.traces.trace import DEFAULT_BYTES_PER_TOKEN
+def _open(path: Path, reading: Reading) -> TraceSource:
+    from kvstrata.traces.open import open_with
 
-    token_bytes = _size("--bytes-per-token", bytes_per_token)
     with SlotProgress(f"reading {one_line(path)}", "conversations") as progress:
-        return open_trace(
-            path,
-            block_bytes=_size("--block-bytes", block_bytes),
-            bytes_per_token=DEFAULT_BYTES_PER_TOKEN if token_bytes is None else token_bytes,
-            progress=progress,
-            **options,
-        )
-
-
-def _size(option: str, text: str | None) -> int | None:
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as why:
-        raise ConfigError(f"{option}: {why}") from why
+        return open_with(path, reading.format, replace(reading.options(), progress=progress))
 
 
 Writer = Callable[["TraceSource", Path, Callable[[int, int], None]], None]

@@ -19,7 +19,7 @@ import xxhash
 from kvstrata import __version__
 from kvstrata.errors import ConfigError
 from kvstrata.sim.replay import Workload
-from kvstrata.traces.open import OpenOptions, Progress, open_trace
+from kvstrata.traces.open import OpenOptions, Progress, open_with
 from kvstrata.traces.stream import conversation_files
 from kvstrata.traces.trace import Trace, TraceSource
 
@@ -67,8 +67,7 @@ class TraceSpec:
 
     def open(self, progress: Progress | None = None) -> Workload:
         """Read it. Raises as `open_trace`."""
-        chosen = dict(self._choices())
-        source = open_trace(self.path, format=self.format, progress=progress, **chosen)  # type: ignore[arg-type]
+        source = open_with(self.path, self.format, replace(self.options, progress=progress))
         return Workload(held(source), self.name)
 
 

@@ -187,20 +187,6 @@ def open_trace(
     Raises TraceFormatError, naming file and record, for what cannot be read; ConfigError for parameters
     that cannot work and for a missing package; OSError as `open` does.
     """
-    path = Path(path)
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"no trace format {format!r}; there are {', '.join(sorted(FORMATS))}")
-    for name, value in (
-        ("block_bytes", block_bytes), ("bytes_per_token", bytes_per_token), ("block_tokens", block_tokens)
-    ):  # fmt: skip
-        if value is not None and not 0 < value < 2**40:
-            raise ConfigError(f"{name} is {value}; take a number from 1 to {2**40 - 1}")
-    name = format or recognise(path)
-    if path.is_dir() != (name == stream.FORMAT):
-        raise ConfigError(
-            f"{path}: {'a folder' if path.is_dir() else 'no folder'}, and the format {name} is "
-            f"{FORMATS[name].about}"
-        )
     options = OpenOptions(
         skip_bad,
         block_bytes,
@@ -213,4 +199,25 @@ def open_trace(
         path_prefix,
         progress,
     )
+    return open_with(path, format, options)
+
+
+def open_with(path: Path | str, format: str | None, options: OpenOptions) -> TraceSource:
+    """`open_trace` with its parameters in one object."""
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"no trace format {format!r}; there are {', '.join(sorted(FORMATS))}")
+    for name, value in (
+        ("block_bytes", options.block_bytes),
+        ("bytes_per_token", options.bytes_per_token),
+        ("block_tokens", options.block_tokens),
+    ):
+        if value is not None and not 0 < value < 2**40:
+            raise ConfigError(f"{name} is {value}; take a number from 1 to {2**40 - 1}")
+    name = format or recognise(path)
+    if path.is_dir() != (name == stream.FORMAT):
+        raise ConfigError(
+            f"{path}: {'a folder' if path.is_dir() else 'no folder'}, and the format {name} is "
+            f"{FORMATS[name].about}"
+        )
     return FORMATS[name].open(path, options)
