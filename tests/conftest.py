@@ -19,4 +19,5 @@ settings.load_profile("kvstrata")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files go to processes in this order: an engine that starts last would leave the others idle."""
-    items.sort(key=lambda item: item.path.parent.name not in ("vllm", "store"))
+    first = {"vllm": 0, "store": 1}
+    items.sort(key=lambda item: first.get(item.path.parent.name, 2))
