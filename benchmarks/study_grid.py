@@ -110,7 +110,7 @@ def main() -> None:
         "runs": len(traces) * len(POLICIES) * len(CAPACITIES.split(",")),
         "sweep_seconds": spread(seconds),
         "cold_start_seconds": cold,
-        "printed": json.loads(printed),
+        "printed": {key: value for key, value in json.loads(printed).items() if key != "output"},
     }
     show(
         f"{len(traces)} traces, {accesses / 1e6:.1f} M accesses, {events / 1e6:.0f} M policy events",
