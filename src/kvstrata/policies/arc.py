@@ -14,7 +14,19 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    GONE,
+    HIT,
+    MISS,
+    OUT,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.lists import (
     PREV,
@@ -30,7 +42,7 @@ from kvstrata.policies.lists import (
 )
 
 T1, T2, B1, B2 = 1, 2, -1, -2
-CAPACITY = 0  # state[T1], state[T2], state[B1], state[B2]: sums of the sizes in each
+"""The lists; weights[T1], weights[T2], weights[B1], weights[B2] are the sums of the sizes in each."""
 
 Floats = NDArray[np.float64]
 
@@ -63,14 +75,13 @@ def _forget(ghosts: int, links: Links, where: Places) -> int:
 
 @kernel
 def _access(
-    ids: Ids, admit: Flags, sizes: Ints, pins: Pins, links: Links, where: Places, state: Ints,
-    target: Floats, outcome: Outcomes, evicted: Ids, forgotten: Ids,
+    ids: Ids, admit: Flags, sizes: Ints, pins: Pins, capacity: int, links: Links, where: Places,
+    weights: Ints, target: Floats, outcome: Outcomes, evicted: Ids, forgotten: Ids,
 ) -> tuple[int, int]:  # fmt: skip
     """All accesses, then what a smaller bound asks for. One function, with the sums in local variables:
     calls between compiled functions and sums in an array made a miss cost more than twice as much."""
     rings = len(where)
-    capacity = state[CAPACITY]
-    t1, t2, b1, b2 = state[T1], state[T2], state[B1], state[B2]
+    t1, t2, b1, b2 = weights[T1], weights[T2], weights[B1], weights[B2]
     p = min(target[0], capacity)
     end = len(ids)
     out = 0
@@ -178,17 +189,17 @@ def _access(
         forgotten[gone] = _forget(rings + 3, links, where)
         b2 -= sizes[forgotten[gone]]
         gone += 1
-    state[T1], state[T2], state[B1], state[B2] = t1, t2, b1, b2
+    weights[T1], weights[T2], weights[B1], weights[B2] = t1, t2, b1, b2
     target[0] = p
     return out, gone
 
 
 @kernel
-def _remove(ids: Ids, sizes: Ints, links: Links, where: Places, state: Ints) -> None:
+def _remove(ids: Ids, sizes: Ints, links: Links, where: Places, weights: Ints) -> None:
     for index in ids:
         if where[index]:
             unlink(links, index)
-            state[where[index]] -= sizes[index]
+            weights[where[index]] -= sizes[index]
             where[index] = 0
 
 
@@ -197,42 +208,32 @@ class Arc(Policy):
 
     name: ClassVar[str] = "arc"
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._links = make_rings(self.max_ids, 4)
-        self._state = np.array([capacity, 0, 0, 0, 0], dtype=np.int64)
+        self._weights = np.zeros(5, dtype=np.int64)
         self._target = np.zeros(1, dtype=np.float64)
 
     @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
     def used(self) -> int:
-        return int(self._state[T1] + self._state[T2])
+        return int(self._weights[T1] + self._weights[T2])
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
-        out, gone = _access(
-            ids, admit, sizes, pins, self._links, self.where, self._state, self._target, outcome,
-            evicted, forgotten,
+    ) -> None:  # fmt: skip
+        self._state[OUT], self._state[GONE] = _access(
+            ids, admit, sizes, pins, self.capacity, self._links, self.where, self._weights,
+            self._target, outcome, evicted, forgotten,
         )  # fmt: skip
-        return out, gone
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
-        _remove(ids, sizes, self._links, self.where, self._state)
+        _remove(ids, sizes, self._links, self.where, self._weights)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._state[CAPACITY] = capacity
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
+        """No access at all: the kernel ends with what a smaller bound asks for."""
         nothing = np.zeros(0, dtype=np.int32)
-        out, gone = _access(
-            nothing, nothing.astype(np.bool_), sizes, pins, self._links, self.where, self._state,
-            self._target, nothing.astype(np.int8), evicted, forgotten,
-        )  # fmt: skip
-        return out, gone
+        starts, no = np.zeros(1, dtype=np.int64), nothing.astype(np.bool_)
+        self._run(nothing, starts, no, sizes, pins, nothing.astype(np.int8), evicted, forgotten)
 
     def order(self) -> Ids:
         return rings_in_order(self._links, self.max_ids, 0, 1)

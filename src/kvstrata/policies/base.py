@@ -31,6 +31,11 @@ MISS, HIT, ADMITTED = 0, 1, 2
 
 GHOSTS_TOO = -128
 
+CAPACITY, USED, OUT, GONE = range(4)
+OWN, STATE_SLOTS = 4, 16
+"""The numbers of a policy, `state` to its kernels: the bound, what is resident, and how many ids the call
+has written to evicted and to forgotten; from OWN on what the policy alone knows."""
+
 
 class Answer(NamedTuple):
     """outcome: per access. evicted: ids that were resident and are no more, or came and left within the
@@ -99,7 +104,9 @@ class Policy(ABC):
         self._forgotten = np.zeros(0, dtype=np.int32)
         self._admit_all = np.zeros(0, dtype=np.bool_)
         self._no_pins = np.zeros(0, dtype=np.int32)
-        self._make(capacity)
+        self._state = np.zeros(STATE_SLOTS, dtype=np.int64)
+        self._make()
+        self._set_capacity(capacity)
 
     def warm(self) -> None:
         """Load or compile the kernels, so that no request waits for them."""
@@ -111,29 +118,23 @@ class Policy(ABC):
     # What a policy implements
 
     @abstractmethod
-    def _make(self, capacity: int) -> None:
-        """Allocate the state for max_ids and this capacity."""
+    def _make(self) -> None:
+        """Read the parameters and allocate what max_ids asks for."""
 
-    @property
-    @abstractmethod
-    def capacity(self) -> int:
-        """The bound on what is resident."""
-
-    @property
-    @abstractmethod
-    def used(self) -> int:
-        """Sum of the sizes of all resident ids."""
+    def _set_capacity(self, capacity: int) -> None:
+        """Write the bound and what follows from it; evicting down to it is `_fit`'s work."""
+        self._state[CAPACITY] = capacity
 
     @abstractmethod
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         """Make all accesses in order; request r is ids[starts[r]:starts[r+1]], root first, no id twice.
 
         Writes outcome per access, and the ids that lost their residency and those that were forgotten, in
-        order; one may be there more than once or have come back. Returns how many of each. What is
-        forgotten at the moment it is evicted need not be written twice.
+        order; one may be there more than once or have come back. state[OUT] and state[GONE] say how many
+        of each. What is forgotten at the moment it is evicted need not be written twice.
         A miss that may not enter, or is larger than the capacity, changes nothing. A pinned id stays;
         where room cannot be made, the newcomer stays out.
         """
@@ -143,16 +144,24 @@ class Policy(ABC):
         """Forget ids that left for another reason than this policy's choice. Unknown ids are ignored."""
 
     @abstractmethod
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        """Write the new bound and evict down to it; answers as `_run`."""
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
+        """Evict down to the capacity; answers as `_run`."""
 
     @abstractmethod
     def order(self) -> Ids:
         """All resident ids, those that would leave first at the front."""
 
     # What every policy has
+
+    @property
+    def capacity(self) -> int:
+        """The bound on what is resident."""
+        return int(self._state[CAPACITY])
+
+    @property
+    def used(self) -> int:
+        """Sum of the sizes of all resident ids."""
+        return int(self._state[USED])
 
     def access(self, ids: Ids, admit: Flags, sizes: Ints, pins: Pins, request: int) -> Answer:
         """A call of one live request: touch its chain of blocks, root first, no id twice.
@@ -171,14 +180,14 @@ class Policy(ABC):
                 fresh = ~seen
                 ids, admit = ids[fresh], admit[fresh]
         starts = np.array([0, len(ids)], dtype=np.int64)
-        out, gone = self._call(ids, starts, admit, sizes, pins)
+        self._call(ids, starts, admit, sizes, pins)
         outcome = self._outcome[: len(ids)]
         self._stamp[ids] = request
         if fresh is not None:
             whole = np.full(count, HIT, dtype=np.int8)
             whole[fresh] = outcome
             outcome = whole
-        return Answer(outcome, *self._settled(out, gone))
+        return Answer(outcome, *self._settled())
 
     def replay(self, ids: Ids, starts: Ints, sizes: Ints) -> Outcomes:
         """Whole requests of a simulation: everything may enter, nothing is pinned.
@@ -195,7 +204,9 @@ class Policy(ABC):
     def resize(self, capacity: int, sizes: Ints, pins: Pins) -> tuple[Ids, Ids]:
         """Change the bound; returns evicted and forgotten ids. Pinned ids may keep used above it."""
         self._make_buffers(0)
-        return self._settled(*self._resize(capacity, sizes, pins, self._evicted, self._forgotten))
+        self._set_capacity(capacity)
+        self._fit(sizes, pins, self._evicted, self._forgotten)
+        return self._settled()
 
     def resident(self, index: int) -> bool:
         """Is this id resident?"""
@@ -214,12 +225,12 @@ class Policy(ABC):
             self._evicted = np.zeros(self.max_ids + accesses, dtype=np.int32)
             self._forgotten = np.zeros(self.max_ids + accesses, dtype=np.int32)
 
-    def _call(self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins) -> tuple[int, int]:
+    def _call(self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins) -> None:
         self._make_buffers(len(ids))
-        return self._run(ids, starts, admit, sizes, pins, self._outcome, self._evicted, self._forgotten)
+        self._run(ids, starts, admit, sizes, pins, self._outcome, self._evicted, self._forgotten)
 
-    def _settled(self, out: int, gone: int) -> tuple[Ids, Ids]:
-        left = self._evicted[:out]
+    def _settled(self) -> tuple[Ids, Ids]:
+        left = self._evicted[: self._state[OUT]]
         evicted = left[: _settle(self.where, self._mark, left, GHOSTS_TOO)]
-        unknown = np.concatenate([self._forgotten[:gone], evicted])
+        unknown = np.concatenate([self._forgotten[: self._state[GONE]], evicted])
         return evicted, unknown[: _settle(self.where, self._mark, unknown, 0)]

@@ -25,7 +25,22 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    GONE,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share
 from kvstrata.policies.lists import (
@@ -45,8 +60,8 @@ REFERENCED = 1  # is added to the place
 COLD, TEST, HOT, GHOST = 2, 4, 6, -1
 """Resident and cold; the same in its test period; hot; cold in its test period and not resident."""
 
-CAPACITY, TARGET, USED, HOT_USED, GHOSTS, OUT, GONE = range(7)
-"""TARGET: m_c. OUT, GONE: counts of the call."""
+TARGET, HOT_USED, GHOSTS = range(OWN, OWN + 3)
+"""TARGET: m_c."""
 
 
 @kernel
@@ -281,48 +296,35 @@ class ClockPro(Policy):
     name: ClassVar[str] = "clock_pro"
     KNOBS: ClassVar[Mapping[str, float]] = {"cold": 1.0}
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._cold_share = share(self.name, self.knobs, "cold")
         self._clock = make_rings(self.max_ids, 1)
         self._cold = make_rings(self.max_ids, 1)
         self._test = make_rings(self.max_ids, 1)
-        self._state = np.zeros(7, dtype=np.int64)
-        self._state[CAPACITY] = capacity
-        self._state[TARGET] = max(1, int(self._cold_share * capacity))
 
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
+    def _set_capacity(self, capacity: int) -> None:
+        before, target = self.capacity, int(self._state[TARGET])
+        scaled = target * capacity // before if before else int(self._cold_share * capacity)
+        self._state[TARGET] = max(1, scaled)
+        super()._set_capacity(capacity)
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(
             ids, admit, sizes, pins, self._clock, self._cold, self._test, self.where, self._state,
             outcome, evicted, forgotten,
         )  # fmt: skip
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._clock, self._cold, self._test, self.where, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        before, target = self.capacity, int(self._state[TARGET])
-        scaled = target * capacity // before if before else int(self._cold_share * capacity)
-        self._state[TARGET] = max(1, scaled)
-        self._state[CAPACITY] = capacity
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(
             sizes, pins, self._clock, self._cold, self._test, self.where, self._state, evicted,
             forgotten,
         )  # fmt: skip
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def order(self) -> Ids:
         out = np.zeros(self.max_ids, dtype=np.int32)

@@ -26,7 +26,21 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.knobs import whole
 from kvstrata.policies.lists import (
@@ -46,7 +60,7 @@ from kvstrata.policies.lists import (
 LISTED = 1
 LISTS = 64
 
-CAPACITY, USED, LOWEST, COST_IS_SIZE, OUT = range(5)
+LOWEST, COST_IS_SIZE = range(OWN, OWN + 2)
 """LOWEST: all lists from 1 up to it are empty. OUT: evicted in this call."""
 
 Floats = NDArray[np.float64]
@@ -232,47 +246,32 @@ class Gdsf(Policy):
     name: ClassVar[str] = "gdsf"
     KNOBS: ClassVar[Mapping[str, float]] = {"cost_is_size": 0}
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._links = make_rings(self.max_ids, LISTS)
         self._frequency = np.zeros(self.max_ids, dtype=np.int32)
         self._priority = np.zeros(self.max_ids + 1, dtype=np.float64)  # the last one is the clock
         # As integers the bits of floats that are not negative have the order of the floats.
         self._bits = self._priority.view(np.int64)
-        self._state = np.zeros(5, dtype=np.int64)
-        self._state[CAPACITY] = capacity
         self._state[LOWEST] = LISTS
         self._state[COST_IS_SIZE] = whole(self.name, self.knobs, "cost_is_size", 0, 1)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(
             ids, admit, sizes, pins, self._links, self.where, self._frequency, self._priority, self._bits,
             self._state, outcome, evicted,
         )  # fmt: skip
-        return int(self._state[OUT]), 0
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._links, self.where, self._frequency, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._state[CAPACITY] = capacity
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(
             sizes, pins, self._links, self.where, self._frequency, self._priority, self._bits, self._state,
             evicted,
         )  # fmt: skip
-        return int(self._state[OUT]), 0
 
     def order(self) -> Ids:
         """Lowest priority first, of equal ones the least recent."""

@@ -22,7 +22,21 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.knobs import whole
 from kvstrata.policies.lists import (
@@ -45,7 +59,7 @@ COUNT_SHIFT = 48
 
 NEVER = 2**COUNT_SHIFT - 1
 
-CAPACITY, USED, NOW, NEXT_AGING, LOWEST, HIGHEST, AGE_EVERY, AGE_SHIFT, OUT = range(9)
+NOW, NEXT_AGING, LOWEST, HIGHEST, AGE_EVERY, AGE_SHIFT = range(OWN, OWN + 6)
 """LOWEST, HIGHEST: all lists outside are empty. OUT: evicted in this call."""
 
 
@@ -187,40 +201,25 @@ class LfuAging(Policy):
     name: ClassVar[str] = "lfu_aging"
     KNOBS: ClassVar[Mapping[str, float]] = {"age_every": 10_000, "age_shift": 1}
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         age_every = whole(self.name, self.knobs, "age_every", 0, NEVER)
         self._links = make_rings(self.max_ids, MAX_COUNT + 1)
         self._key = np.zeros(self.max_ids, dtype=np.int64)
-        self._state = np.zeros(9, dtype=np.int64)
-        self._state[CAPACITY] = capacity
         self._state[AGE_EVERY] = age_every
         self._state[NEXT_AGING] = age_every or NEVER
         self._state[AGE_SHIFT] = whole(self.name, self.knobs, "age_shift", 1, 15)
 
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
-
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(ids, admit, sizes, pins, self._links, self.where, self._key, self._state, outcome, evicted)
-        return int(self._state[OUT]), 0
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._links, self.where, self._key, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._state[CAPACITY] = capacity
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(sizes, pins, self._links, self.where, self._key, self._state, evicted)
-        return int(self._state[OUT]), 0
 
     def order(self) -> Ids:
         """Lowest counter first, of equal ones the least recent."""

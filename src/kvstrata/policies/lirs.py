@@ -20,7 +20,22 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    GONE,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share
 from kvstrata.policies.lists import (
@@ -38,7 +53,7 @@ from kvstrata.policies.lists import (
 
 LIR, STACKED, QUEUED, GHOST = 1, 2, 3, -1
 """LIR in S; HIR in S and Q; HIR in Q alone; not resident, in S and in the ring of ghosts."""
-CAPACITY, LIR_CAPACITY, USED, LIR_USED, GHOSTS, OUT, GONE = range(7)  # OUT, GONE: counts of the call
+LIR_CAPACITY, LIR_USED, GHOSTS = range(OWN, OWN + 3)
 
 
 @kernel
@@ -254,44 +269,29 @@ class Lirs(Policy):
     name: ClassVar[str] = "lirs"
     KNOBS: ClassVar[Mapping[str, float]] = {"hir": 0.01}
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._hir = share(self.name, self.knobs, "hir")
         self._stack = make_rings(self.max_ids, 1)
         self._queues = make_rings(self.max_ids, 2)  # Q, then the ghosts; the recent end is the queue's end
-        self._state = np.zeros(7, dtype=np.int64)
-        self._set_capacity(capacity)
 
     def _set_capacity(self, capacity: int) -> None:
-        self._state[CAPACITY] = capacity
+        super()._set_capacity(capacity)
         self._state[LIR_CAPACITY] = max(0, capacity - max(1, int(self._hir * capacity)))
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(
             ids, admit, sizes, pins, self._stack, self._queues, self.where, self._state, outcome,
             evicted, forgotten,
         )  # fmt: skip
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._stack, self._queues, self.where, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._set_capacity(capacity)
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(sizes, pins, self._stack, self._queues, self.where, self._state, evicted, forgotten)
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def order(self) -> Ids:
         out = np.zeros(self.max_ids, dtype=np.int32)

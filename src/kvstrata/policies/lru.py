@@ -11,9 +11,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    HIT,
+    MISS,
+    OUT,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.lists import (
     NEXT,
@@ -30,7 +41,6 @@ from kvstrata.policies.lists import (
 )
 
 LISTED = 1
-USED, CAPACITY = 0, 1
 NOTHING = -1
 
 
@@ -151,26 +161,14 @@ class OneList(Policy):
 
     COUNTS_REPEATS: ClassVar[bool] = True
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._links = make_rings(self.max_ids, 1)
-        self._state = np.array([0, capacity], dtype=np.int64)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         remove_listed(ids, sizes, self._links, self.where, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._state[CAPACITY] = capacity
-        return _shrink(self._links, self.where, self._state, sizes, pins, evicted), 0
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
+        self._state[OUT] = _shrink(self._links, self.where, self._state, sizes, pins, evicted)
 
     def order(self) -> Ids:
         return rings_in_order(self._links, self.max_ids, 0)
@@ -184,8 +182,7 @@ class Lru(OneList):
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
-        count = _access(
+    ) -> None:  # fmt: skip
+        self._state[OUT] = _access(
             ids, starts, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted
         )
-        return count, 0

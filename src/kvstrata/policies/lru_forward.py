@@ -9,10 +9,22 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    HIT,
+    MISS,
+    OUT,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+)
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import PREV, Ids, Links, push_recent, push_run, unlink_run
-from kvstrata.policies.lru import CAPACITY, LISTED, USED, OneList, make_room
+from kvstrata.policies.lru import LISTED, OneList, make_room
 
 
 @kernel
@@ -62,6 +74,7 @@ class LruForward(OneList):
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
-        count = _access(ids, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted)
-        return count, 0
+    ) -> None:  # fmt: skip
+        self._state[OUT] = _access(
+            ids, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted
+        )

@@ -24,7 +24,22 @@ from typing import ClassVar
 import numpy as np
 
 from kvstrata.errors import ConfigError
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    GONE,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share, whole
 from kvstrata.policies.lists import (
@@ -42,7 +57,7 @@ from kvstrata.policies.lists import (
 
 GHOST = -1  # where of what lies in queue k is k + 1
 
-CAPACITY, GHOST_CAPACITY, USED, COUNT, GHOSTS, QUEUES, LIFETIME, NOW, OLDEST, OUT, GONE = range(11)
+GHOST_CAPACITY, COUNT, GHOSTS, QUEUES, LIFETIME, NOW, OLDEST = range(OWN, OWN + 7)
 """COUNT: residents. OLDEST: no head of a queue above the lowest was touched before it. OUT, GONE: counts
 of the call."""
 
@@ -241,7 +256,7 @@ class Mq(Policy):
         "queues": 8, "lifetime": 0, "lifetime_capacities": 1.0, "ghosts": 1.0
     }  # fmt: skip
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         queues = whole(self.name, self.knobs, "queues", 1, 32)
         self._lifetime = whole(self.name, self.knobs, "lifetime", 0, int(LONGEST))
         self._capacities = float(self.knobs["lifetime_capacities"])
@@ -252,42 +267,27 @@ class Mq(Policy):
         self._ghosts = share(self.name, self.knobs, "ghosts")
         self._links = make_rings(self.max_ids, queues + 1)  # the last one is Qout
         self._record = np.zeros((self.max_ids, 2), dtype=np.int64)
-        self._state = np.zeros(11, dtype=np.int64)
         self._state[QUEUES] = queues
         self._state[OLDEST] = NEVER
-        self._set_capacity(capacity)
 
     def _set_capacity(self, capacity: int) -> None:
-        self._state[CAPACITY] = capacity
+        super()._set_capacity(capacity)
         self._state[GHOST_CAPACITY] = int(self._ghosts * capacity)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(
             ids, admit, sizes, pins, self._links, self.where, self._record, self._state,
             self._lifetime, self._capacities, outcome, evicted, forgotten,
         )  # fmt: skip
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._links, self.where, self._record, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._set_capacity(capacity)
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(sizes, pins, self._links, self.where, self._record, self._state, evicted, forgotten)
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def order(self) -> Ids:
         return rings_in_order(self._links, self.max_ids, *range(int(self._state[QUEUES])))

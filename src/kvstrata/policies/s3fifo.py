@@ -20,9 +20,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
-
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    GONE,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share, whole
 from kvstrata.policies.lists import NEXT, PREV, Ids, Links, make_rings, push_recent, rings_in_order, unlink
@@ -30,7 +43,7 @@ from kvstrata.policies.lists import NEXT, PREV, Ids, Links, make_rings, push_rec
 SMALL, MAIN, GHOST = 4, 8, -1
 """Places. The frequency is added to SMALL and MAIN, so that a hit touches one byte."""
 MAX_FREQUENCY = 3
-CAPACITY, SHARE, BOUND, THRESHOLD, USED, SMALL_USED, GHOSTS, FULL_ONCE, OUT, GONE = range(10)
+SHARE, BOUND, THRESHOLD, SMALL_USED, GHOSTS, FULL_ONCE = range(OWN, OWN + 6)
 """SHARE, BOUND: of S and of the ghosts. FULL_ONCE: something was evicted. OUT, GONE: counts of the call."""
 
 
@@ -190,41 +203,26 @@ class S3Fifo(Policy):
     name: ClassVar[str] = "s3fifo"
     KNOBS: ClassVar[Mapping[str, float]] = {"small": 0.1, "ghost": 0.9, "threshold": 2}
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._links = make_rings(self.max_ids, 3)  # S, M, G
-        self._state = np.zeros(10, dtype=np.int64)
         self._state[THRESHOLD] = whole(self.name, self.knobs, "threshold", 1, MAX_FREQUENCY)
-        self._set_capacity(capacity)
 
     def _set_capacity(self, capacity: int) -> None:
-        self._state[CAPACITY] = capacity
+        super()._set_capacity(capacity)
         self._state[SHARE] = int(share(self.name, self.knobs, "small") * capacity)
         self._state[BOUND] = int(share(self.name, self.knobs, "ghost") * capacity)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(ids, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted, forgotten)
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._links, self.where, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._set_capacity(capacity)
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(sizes, pins, self._links, self.where, self._state, evicted, forgotten)
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def order(self) -> Ids:
         """S, then M, oldest first."""

@@ -16,12 +16,26 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import PREV, Ids, Links, make_rings, push_recent, ring_order, unlink
 
 PLAIN, VISITED = 1, 2
-CAPACITY, USED, HAND = 0, 1, 2
+HAND = OWN
 """state[HAND]: the node at which the next search begins; the sentinel stands for the oldest."""
 
 
@@ -107,33 +121,23 @@ class Sieve(Policy):
 
     name: ClassVar[str] = "sieve"
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._links = make_rings(self.max_ids, 1)
-        self._state = np.array([capacity, 0, self.max_ids], dtype=np.int64)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
+        self._state[HAND] = self.max_ids
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
-        count = _access(ids, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted)
-        return count, 0
+    ) -> None:  # fmt: skip
+        self._state[OUT] = _access(
+            ids, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted
+        )
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._links, self.where, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._state[CAPACITY] = capacity
-        return _evict_until(0, self._links, self.where, self._state, sizes, pins, evicted, 0), 0
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
+        self._state[OUT] = _evict_until(0, self._links, self.where, self._state, sizes, pins, evicted, 0)
 
     def order(self) -> Ids:
         """As the hand would take them if nothing else happened: two rounds, the marked in the second."""

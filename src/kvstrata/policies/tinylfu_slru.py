@@ -32,8 +32,12 @@ from numpy.typing import NDArray
 from kvstrata.errors import ConfigError
 from kvstrata.policies.base import (
     ADMITTED,
+    CAPACITY,
     HIT,
     MISS,
+    OUT,
+    OWN,
+    USED,
     Digests,
     Flags,
     Ints,
@@ -65,7 +69,7 @@ HALF = np.uint64(32)
 LOW_HALF = np.uint64(2**32 - 1)
 NEVER = 2**62
 
-CAPACITY, BOUND, USED, PROTECTED_USED, COUNT, FACTOR, SAMPLE, COUNTED, OUT = range(9)
+BOUND, PROTECTED_USED, COUNT, FACTOR, SAMPLE, COUNTED = range(OWN, OWN + 6)
 """BOUND: of the protected segment. COUNT: residents. SAMPLE: of counted accesses, which halves the sketch.
 OUT: evicted in this call."""
 
@@ -263,49 +267,34 @@ class TinyLfuSlru(Policy):
     name: ClassVar[str] = "tinylfu_slru"
     KNOBS: ClassVar[Mapping[str, float]] = {"prob_frac": 0.2, "cms_width": 16_384, "sample": 10}
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         width = whole(self.name, self.knobs, "cms_width", 1, MAX_WIDTH)
         if width & (width - 1):
             raise ConfigError(f"policy {self.name}: cms_width is {width}; it is a power of two")
         self._sketch = np.zeros(ROWS * width, dtype=np.uint8)
         self._links = make_rings(self.max_ids, 2)  # probation, protected
         self.digest = mixed(np.arange(self.max_ids))
-        self._state = np.zeros(9, dtype=np.int64)
         self._state[FACTOR] = whole(self.name, self.knobs, "sample", 1, 2**20)
         self._state[SAMPLE] = NEVER
-        self._set_capacity(capacity)
 
     def _set_capacity(self, capacity: int) -> None:
-        self._state[CAPACITY] = capacity
+        super()._set_capacity(capacity)
         self._state[BOUND] = capacity - int(share(self.name, self.knobs, "prob_frac") * capacity)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(
             ids, admit, sizes, pins, self._links, self.where, self.digest, self._sketch, self._state,
             outcome, evicted,
         )  # fmt: skip
-        return int(self._state[OUT]), 0
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._links, self.where, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._set_capacity(capacity)
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(sizes, pins, self._links, self.where, self._state, evicted)
-        return int(self._state[OUT]), 0
 
     def order(self) -> Ids:
         """Probation, then the protected segment, least recent first."""

@@ -18,9 +18,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
-
-from kvstrata.policies.base import ADMITTED, HIT, MISS, Flags, Ints, Outcomes, Pins, Places, Policy
+from kvstrata.policies.base import (
+    ADMITTED,
+    CAPACITY,
+    GONE,
+    HIT,
+    MISS,
+    OUT,
+    OWN,
+    USED,
+    Flags,
+    Ints,
+    Outcomes,
+    Pins,
+    Places,
+    Policy,
+)
 from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share
 from kvstrata.policies.lists import (
@@ -37,8 +50,8 @@ from kvstrata.policies.lists import (
 )
 
 A1IN, AM, A1OUT = 1, 2, -1
-CAPACITY, KIN, KOUT, USED, A1IN_USED, GHOSTS, OUT, GONE = range(8)
-"""KIN, KOUT: bounds of A1in and A1out. OUT, GONE: counts of the call."""
+KIN, KOUT, A1IN_USED, GHOSTS = range(OWN, OWN + 4)
+"""KIN, KOUT: bounds of A1in and A1out."""
 
 
 @inlined
@@ -171,40 +184,25 @@ class TwoQ(Policy):
     name: ClassVar[str] = "twoq"
     KNOBS: ClassVar[Mapping[str, float]] = {"kin": 0.25, "kout": 0.5}
 
-    def _make(self, capacity: int) -> None:
+    def _make(self) -> None:
         self._links = make_rings(self.max_ids, 3)  # A1in, Am, A1out
-        self._state = np.zeros(8, dtype=np.int64)
-        self._set_capacity(capacity)
 
     def _set_capacity(self, capacity: int) -> None:
-        self._state[CAPACITY] = capacity
+        super()._set_capacity(capacity)
         self._state[KIN] = int(share(self.name, self.knobs, "kin") * capacity)
         self._state[KOUT] = int(share(self.name, self.knobs, "kout") * capacity)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._state[CAPACITY])
-
-    @property
-    def used(self) -> int:
-        return int(self._state[USED])
 
     def _run(
         self, ids: Ids, starts: Ints, admit: Flags, sizes: Ints, pins: Pins,
         outcome: Outcomes, evicted: Ids, forgotten: Ids,
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> None:  # fmt: skip
         _access(ids, admit, sizes, pins, self._links, self.where, self._state, outcome, evicted, forgotten)
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def remove(self, ids: Ids, sizes: Ints) -> None:
         _remove(ids, sizes, self._links, self.where, self._state)
 
-    def _resize(
-        self, capacity: int, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids
-    ) -> tuple[int, int]:
-        self._set_capacity(capacity)
+    def _fit(self, sizes: Ints, pins: Pins, evicted: Ids, forgotten: Ids) -> None:
         _shrink(sizes, pins, self._links, self.where, self._state, evicted, forgotten)
-        return int(self._state[OUT]), int(self._state[GONE])
 
     def order(self) -> Ids:
         """A1in, oldest first, then Am, least recent first."""
