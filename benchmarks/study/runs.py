@@ -15,7 +15,7 @@ import xxhash
 from rich.console import Console
 
 import kvstrata
-from kvstrata.cli.output import SlotProgress
+from kvstrata.cli.output import ProgressBar
 from kvstrata.errors import ConfigError
 from kvstrata.sim.curve import lru_curve
 from kvstrata.sim.curve_file import write_curve
@@ -172,7 +172,7 @@ def run_study(
         if not specs:
             return Group(())
         chosen = variants_of(policies, tuning)
-        with SlotProgress(title, "runs") as progress:
+        with ProgressBar(title, "runs") as progress:
             grid = run_grid(specs, chosen, capacities, out=folder, jobs=jobs, progress=progress)
         say(f"{title}: {len(specs)} traces, {grid.ran} runs done, {grid.reused} were there")
         # Parameters of stored runs are floats; all of them, so that it does not show which were stored.

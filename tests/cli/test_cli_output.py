@@ -31,7 +31,7 @@ SLOW = """
 import time
 from kvstrata.cli import output
 output.PROGRESS_AFTER_SECONDS = {after}
-with output.SlotProgress("reading") as progress:
+with output.ProgressBar("reading") as progress:
     for done in range(5):
         time.sleep(0.02)
         progress(done, 5)

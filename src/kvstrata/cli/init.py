@@ -10,7 +10,8 @@ import typer
 
 from kvstrata.cli.config_text import config_text
 from kvstrata.cli.output import print_line
-from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig, TierConfig, parse_config, parse_size
+from kvstrata.cli.sizes import read_size
+from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig, TierConfig, parse_config
 from kvstrata.errors import ConfigError
 
 NVME_PATH = "~/.cache/kvstrata"
@@ -37,9 +38,9 @@ def init(
     """
     tiers: list[TierConfig] = []
     if memory_capacity:
-        tiers.append(MemoryTierConfig(capacity_bytes=_size("--memory-capacity", memory_capacity)))
+        tiers.append(MemoryTierConfig(capacity_bytes=read_size("--memory-capacity", memory_capacity)))
     if nvme_capacity:
-        tiers.append(NvmeTierConfig(nvme_path, _size("--nvme-capacity", nvme_capacity)))
+        tiers.append(NvmeTierConfig(nvme_path, read_size("--nvme-capacity", nvme_capacity)))
     else:
         tiers.append(NvmeTierConfig(nvme_path))
     text = config_text(Config(tiers=tuple(tiers)))
@@ -57,10 +58,3 @@ def init(
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it first") from None
     print_line(f"wrote {path}; next: kvstrata vllm-config --config {shlex.quote(str(path))}")
-
-
-def _size(option: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"{option}: {error}") from None

@@ -9,7 +9,7 @@ import typer
 
 from kvstrata.cli.output import (
     JSON_OPTION,
-    SlotProgress,
+    ProgressBar,
     format_age,
     one_line,
     print_json,
@@ -41,7 +41,7 @@ def inspect(
     """
     from kvstrata.tiers.nvme_audit import summarize_folder
 
-    with SlotProgress("reading headers") as progress:
+    with ProgressBar("reading headers") as progress:
         summary = summarize_folder(folder, progress)
     if as_json:
         print_json(_to_json(folder, summary))

@@ -76,7 +76,7 @@ def format_age(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-class SlotProgress:
+class ProgressBar:
     """A progress bar on stderr for what takes longer than two seconds; only where a person watches."""
 
     def __init__(self, title: str, unit: str = "slots") -> None:
@@ -85,7 +85,7 @@ class SlotProgress:
         self._show_at = time.monotonic() + PROGRESS_AFTER_SECONDS
         self._bar: Progress | None = None
 
-    def __enter__(self) -> SlotProgress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from kvstrata.config import parse_size
+from kvstrata.cli.sizes import read_size
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,10 +116,9 @@ class Reading:
 
 
 def _size(option: str, text: str | None) -> int | None:
-    try:
-        size = None if text is None else parse_size(text)
-    except ValueError as why:
-        raise ConfigError(f"{option}: {why}") from why
+    if text is None:
+        return None
+    size = read_size(option, text)
     if size == 0:
         raise ConfigError(f"{option}: take at least one byte")
     return size

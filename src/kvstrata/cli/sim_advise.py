@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
+from kvstrata.cli.output import JSON_OPTION, ProgressBar, one_line, print_json, print_line, print_table
 from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import params_label, ratio, tell_skipped
 from kvstrata.errors import ConfigError
@@ -57,9 +57,9 @@ def advise(
         normal(capacity)
     share = _share(give_up)
     specs = reading.specs([trace])
-    with SlotProgress(f"reading {one_line(trace)}", "conversations") as progress:
+    with ProgressBar(f"reading {one_line(trace)}", "conversations") as progress:
         workload = workload_of(specs[0], progress)
-    with SlotProgress("simulating", "runs") as progress:
+    with ProgressBar("simulating", "runs") as progress:
         advice = ask(workload, bottleneck, capacity, give_up=share, progress=progress)
     tell_skipped({workload.name: workload.head.skipped} if workload.head.skipped else {})
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
+from kvstrata.cli.output import JSON_OPTION, ProgressBar, one_line, print_json, print_line, print_table
 from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import ratio, tell_skipped
 from kvstrata.cli.trace import FORCE_OPTION
@@ -53,9 +53,9 @@ def curve(
         if output.exists() and not force:
             raise ConfigError(f"{output} exists; --force replaces it")
     specs = reading.specs([trace])
-    with SlotProgress(f"reading {one_line(trace)}", "conversations") as progress:
+    with ProgressBar(f"reading {one_line(trace)}", "conversations") as progress:
         workload = workload_of(specs[0], progress)
-    with SlotProgress("replaying", "accesses") as progress:
+    with ProgressBar("replaying", "accesses") as progress:
         found = lru_curve(workload, policy, progress)
     tell_skipped({workload.name: workload.head.skipped} if workload.head.skipped else {})
     if output is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line
+from kvstrata.cli.output import JSON_OPTION, ProgressBar, one_line, print_json, print_line
 from kvstrata.config import format_size
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def report(
 
     runs, asked = _read(results)
     misses = [read_curve(path) for path in curves or ()]
-    with SlotProgress("drawing", "pictures") as progress:
+    with ProgressBar("drawing", "pictures") as progress:
         files = write_report(
             runs,
             output,

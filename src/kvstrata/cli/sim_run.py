@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from kvstrata.cli.output import SlotProgress
+from kvstrata.cli.output import ProgressBar
 from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import (
     CAPACITY_HELP,
@@ -45,7 +45,7 @@ def run(
     variants = read_variants(policy, settings or [])
     capacities = split_capacities(capacity)
     specs = reading.specs(traces)
-    with SlotProgress("simulating", "runs") as progress:
+    with ProgressBar("simulating", "runs") as progress:
         grid = run_grid(specs, variants, capacities, jobs=jobs, progress=progress)
     tell_skipped(grid.skipped)
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
+from kvstrata.cli.output import JSON_OPTION, ProgressBar, one_line, print_json, print_line, print_table
 from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import (
     CAPACITY_HELP,
@@ -26,6 +26,8 @@ from kvstrata.cli.sim_options import (
 )
 
 if TYPE_CHECKING:
+    from kvstrata.sim.grid import GridRun
+    from kvstrata.sim.specs import TraceSpec
     from kvstrata.sim.tables import Scores
 
 
@@ -58,21 +60,14 @@ def sweep(
     variants = read_variants(policy, settings or [])
     capacities = split_capacities(capacity)
     specs = reading.specs(traces)
-    with SlotProgress("simulating", "runs") as progress:
+    with ProgressBar("simulating", "runs") as progress:
         grid = run_grid(specs, variants, capacities, out=output, jobs=jobs, progress=progress)
     tell_skipped(grid.skipped)
     rows = headline(grid.study())
     if as_json:
         print_json(
-            {
-                "output": str(output),
-                "traces": [spec.name for spec in specs],
-                "capacities": capacities,
-                "runs": len(grid.results),
-                "ran": grid.ran,
-                "reused": grid.reused,
-                "headline": [scores_to_json(row) for row in rows],
-            }
+            grid_to_json(output, specs, capacities, grid)
+            | {"headline": [scores_to_json(row) for row in rows]}
         )
         return
     show_scores(means_over(specs, capacities), rows)
@@ -88,6 +83,20 @@ def means_over(traces: Sequence[object], capacities: Sequence[str]) -> str:
 def tell_grid(ran: int, reused: int, output: Path) -> str:
     was_there = f", {reused} were there already and were not run again" if reused else ""
     return f"{counted(ran, 'run')} done{was_there}; results in {one_line(output)}/*.parquet"
+
+
+def grid_to_json(
+    output: Path, specs: Sequence[TraceSpec], capacities: Sequence[str], grid: GridRun
+) -> dict[str, Any]:
+    """What was run, and where it lies."""
+    return {
+        "output": str(output),
+        "traces": [spec.name for spec in specs],
+        "capacities": capacities,
+        "runs": len(grid.results),
+        "ran": grid.ran,
+        "reused": grid.reused,
+    }
 
 
 def scores_to_json(row: Scores) -> dict[str, Any]:

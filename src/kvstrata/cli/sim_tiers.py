@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
+from kvstrata.cli.output import JSON_OPTION, ProgressBar, one_line, print_json, print_line, print_table
 from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import tell_skipped
 from kvstrata.config import Config, MemoryTierConfig, WriteMode, format_size, load_config, parse_size
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvstrata.sim.specs import TraceSpec
     from kvstrata.sim.tiers import Sources, TierSpec, TiersResult
     from kvstrata.sim.ttft import Percentiles, Ttft
-    from kvstrata.traces.trace import TraceSource
 
 TIER_KEYS = ("policy", "capacity", "bandwidth", "read", "write", "latency")
 FIRST_TIER_KEYS = ("promote", "write_mode")
@@ -118,11 +116,12 @@ def tiers(
         if output.exists() and not force:
             raise ConfigError(f"{output}: exists; name another file or add --force")
     specs = reading.specs([trace])
-    source = _open(specs[0])
+    with ProgressBar(f"reading {one_line(trace)}", "conversations") as progress:
+        source = specs[0].source(progress)
     if source.head.skipped:
         tell_skipped({specs[0].name: source.head.skipped})
     workload = Workload(source, specs[0].name)
-    with SlotProgress("simulating", "accesses") as progress:
+    with ProgressBar("simulating", "accesses") as progress:
         result = simulate_tiers(
             workload,
             wanted.tiers,
@@ -152,14 +151,6 @@ def _links_of(specs: Sequence[TierSpec]) -> dict[str, Any]:
         }
         for spec in specs
     }
-
-
-def _open(spec: TraceSpec) -> TraceSource:
-    """With the times and features that `TraceSpec.open` may leave out."""
-    from kvstrata.traces.open import open_with
-
-    with SlotProgress(f"reading {one_line(spec.path)}", "conversations") as progress:
-        return open_with(spec.path, spec.format, dataclasses.replace(spec.options, progress=progress))
 
 
 # What tiers are asked for

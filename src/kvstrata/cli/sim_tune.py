@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from kvstrata.cli.output import JSON_OPTION, SlotProgress, print_json, print_line
+from kvstrata.cli.output import JSON_OPTION, ProgressBar, print_json, print_line
 from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import (
     CAPACITY_HELP,
@@ -18,7 +18,7 @@ from kvstrata.cli.sim_options import (
     read_settings,
     tell_skipped,
 )
-from kvstrata.cli.sim_sweep import means_over, scores_to_json, show_scores, tell_grid
+from kvstrata.cli.sim_sweep import grid_to_json, means_over, scores_to_json, show_scores, tell_grid
 from kvstrata.errors import ConfigError
 
 
@@ -63,20 +63,15 @@ def tune(
     capacities = split_capacities(capacity)
     specs = reading.specs(traces)
     chosen = [(variant.policy, variant.params) for variant in variants]
-    with SlotProgress("simulating", "runs") as progress:
+    with ProgressBar("simulating", "runs") as progress:
         grid = run_grid(specs, chosen, capacities, out=output, jobs=jobs, progress=progress)
     tell_skipped(grid.skipped)
     rows = tune_rows(grid, variants)
     ranges = spreads(rows)
     if as_json:
         print_json(
-            {
-                "output": str(output),
-                "traces": [spec.name for spec in specs],
-                "capacities": capacities,
-                "runs": len(grid.results),
-                "ran": grid.ran,
-                "reused": grid.reused,
+            grid_to_json(output, specs, capacities, grid)
+            | {
                 "variants": [
                     {"variant": row.variant.name}
                     | scores_to_json(row.scores)

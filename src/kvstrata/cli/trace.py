@@ -12,7 +12,7 @@ import typer
 
 from kvstrata.cli.output import (
     JSON_OPTION,
-    SlotProgress,
+    ProgressBar,
     format_age,
     one_line,
     print_json,
@@ -79,7 +79,7 @@ def info(
     summaries = []
     for path in traces:
         source = _open(path, reading)
-        with SlotProgress(f"reading {one_line(path)}", "accesses") as progress:
+        with ProgressBar(f"reading {one_line(path)}", "accesses") as progress:
             summaries.append(summarize(source, progress))
     if as_json:
         print_json({"traces": [_to_json(*pair) for pair in zip(traces, summaries, strict=True)]})
@@ -181,7 +181,7 @@ def capture(
 
     for path in paths:
         _refuse_to_replace(output, force, path)
-    with SlotProgress("merging capture files", "accesses") as progress:
+    with ProgressBar("merging capture files", "accesses") as progress:
         merged = merge_captures(paths, output, progress)
     for one in merged.skipped:
         typer.echo(f"warning: skipped {one_line(one.path)}: {one_line(one.why)}", err=True)
@@ -216,7 +216,7 @@ def capture(
 def _open(path: Path, reading: Reading) -> TraceSource:
     from kvstrata.traces.open import open_with
 
-    with SlotProgress(f"reading {one_line(path)}", "conversations") as progress:
+    with ProgressBar(f"reading {one_line(path)}", "conversations") as progress:
         return open_with(path, reading.format, replace(reading.options(), progress=progress))
 
 
@@ -246,7 +246,7 @@ def _refuse_to_replace(output: Path, force: bool, source: Path) -> None:
 
 
 def _write(source: TraceSource, output: Path, writer: Writer) -> None:
-    with SlotProgress(f"writing {one_line(output)}", "accesses") as progress:
+    with ProgressBar(f"writing {one_line(output)}", "accesses") as progress:
         writer(source, output, progress)
     head = source.head
     print_line(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvstrata.cli.output import JSON_OPTION, SlotProgress, one_line, print_json, print_line, print_table
+from kvstrata.cli.output import JSON_OPTION, ProgressBar, one_line, print_json, print_line, print_table
 from kvstrata.config import format_size
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def verify(
     """
     from kvstrata.tiers.nvme_verify import verify_folder
 
-    with SlotProgress("checking blocks") as progress:
+    with ProgressBar("checking blocks") as progress:
         report = verify_folder(folder, progress, repair=repair)
     if as_json:
         print_json(_to_json(folder, report))

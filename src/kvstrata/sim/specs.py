@@ -65,10 +65,13 @@ class TraceSpec:
         pairs = [(one.name, getattr(self.options, one.name)) for one in fields(self.options)]
         return [(name, value) for name, value in pairs if name != "progress"]
 
+    def source(self, progress: Progress | None = None) -> TraceSource:
+        """Open it. Raises as `open_trace`."""
+        return open_with(self.path, self.format, replace(self.options, progress=progress))
+
     def open(self, progress: Progress | None = None) -> Workload:
-        """Read it. Raises as `open_trace`."""
-        source = open_with(self.path, self.format, replace(self.options, progress=progress))
-        return Workload(held(source), self.name)
+        """Read what a replay through one policy needs, into memory if it fits. Raises as `open_trace`."""
+        return Workload(held(self.source(progress)), self.name)
 
 
 def trace_specs(
