@@ -22,10 +22,6 @@ from kvstrata.store import BlockStore
 from kvstrata.types import BlockKey, BlockLayout, Lookup, Namespace, Outcome, PrefixMatch
 
 SAMPLE = Path(__file__).parent / "data" / "mooncake_conversation_300.jsonl"
-WHOLE = (
-    Path(__file__).parents[2]
-    / "shared" / "traces" / "open" / "mooncake" / "conversation_trace.jsonl.gz"
-)  # fmt: skip
 
 BLOCK_BYTES = 512
 SLOT_BYTES = 4096

@@ -16,7 +16,8 @@ import pytest
 from kvstrata.config import MemoryTierConfig, NvmeTierConfig
 from kvstrata.policies import POLICIES, Policy, make_policy
 from kvstrata.types import BlockKey
-from live_kit import SAMPLE, SLOT_BYTES, WHOLE, Chains, Hits, LiveReplay, open_store, read_chains
+from live_kit import SAMPLE, SLOT_BYTES, Chains, Hits, LiveReplay, open_store, read_chains
+from open_traces import CONVERSATION
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def sample() -> Chains:
 
 @pytest.fixture(scope="module")
 def whole() -> Chains:
-    return read_chains(WHOLE)
+    return read_chains(CONVERSATION)
 
 
 def simulate(

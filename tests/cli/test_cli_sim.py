@@ -16,9 +16,10 @@ from typer.testing import Result
 
 from kvstrata.sim.replay import SIMULATED
 from kvstrata.sim.results import read_results
+from open_traces import OPEN
 
 SAMPLE = Path(__file__).parents[1] / "data" / "mooncake_conversation_300.jsonl"
-REAL = Path(__file__).parents[3] / "shared" / "traces" / "open"
+REAL = OPEN
 WHOLE = REAL / "mooncake" / "conversation_trace.jsonl.gz"
 
 Run = Callable[..., Result]

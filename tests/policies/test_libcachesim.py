@@ -19,10 +19,10 @@ from kvstrata.policies.belady import Belady, Future
 from kvstrata.traces.open import open_trace
 from kvstrata.traces.trace import Trace, TraceSource
 from libcachesim_kit import OracleFile, block_hits, measurable, needs_libcachesim
+from open_traces import OPEN
 
 pytestmark = needs_libcachesim
 
-OPEN = Path(__file__).parents[3] / "shared" / "traces" / "open"
 CONVERSATION = OPEN / "mooncake" / "conversation_trace.jsonl.gz"
 AGENTIC = OPEN / "agentic"
 SAMPLE = Path(__file__).parents[1] / "data" / "mooncake_conversation_300.jsonl"

@@ -11,10 +11,11 @@ from kvstrata.policies import POLICIES, make_policy
 from kvstrata.policies.base import HIT
 from kvstrata.traces.open import open_trace
 from kvstrata.traces.trace import Trace
+from open_traces import AGENTIC
 from reference import REFERENCES
 
 SAMPLE = Path(__file__).parents[1] / "data" / "mooncake_conversation_300.jsonl"
-AGENTIC = Path(__file__).parents[3] / "shared" / "traces" / "open" / "agentic" / "trace_0034.json.gz"
+AGENT = AGENTIC / "trace_0034.json.gz"
 
 
 class Same:
@@ -53,8 +54,8 @@ def test_a_chat_service(name: str, capacity: int) -> None:
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_an_agent(name: str) -> None:
-    if not AGENTIC.exists():
+    if not AGENT.exists():
         pytest.skip("the real traces are not beside the repository")
-    trace = open_trace(AGENTIC)
+    trace = open_trace(AGENT)
     assert isinstance(trace, Trace)
     assert_equal(trace, name, 400)

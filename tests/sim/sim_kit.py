@@ -13,9 +13,6 @@ from kvstrata.traces.builder import TraceBuilder
 from kvstrata.traces.open import open_trace
 from kvstrata.traces.trace import Trace, TraceSource
 
-OPEN = Path(__file__).parents[3] / "shared" / "traces" / "open"
-CONVERSATION = OPEN / "mooncake" / "conversation_trace.jsonl.gz"
-AGENTIC = OPEN / "agentic"
 GIB, MIB = 2**30, 2**20
 
 

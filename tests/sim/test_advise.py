@@ -7,7 +7,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from sim_kit import AGENTIC, CONVERSATION, MIB, open_real, random_tree_chains, trace_of
+from sim_kit import MIB, open_real, random_tree_chains, trace_of
 
 from kvstrata.config import parse_config
 from kvstrata.errors import ConfigError
@@ -16,6 +16,7 @@ from kvstrata.sim.advise import advise, knee
 from kvstrata.sim.capacity import resolve
 from kvstrata.sim.metrics import RunResult
 from kvstrata.sim.replay import Workload, simulate
+from open_traces import AGENTIC, CONVERSATION
 
 
 def run_of(policy: str, prefix: float, amplification: float | None, **changes: object) -> RunResult:

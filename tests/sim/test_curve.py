@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sim_kit import AGENTIC, CONVERSATION, open_real, random_tree_chains, trace_of, tree_chains
+from sim_kit import open_real, random_tree_chains, trace_of, tree_chains
 
 from kvstrata.errors import ConfigError, TraceFormatError
 from kvstrata.sim import curve as curve_module
@@ -19,6 +19,7 @@ from kvstrata.sim.capacity import resolve
 from kvstrata.sim.curve import CURVES, lru_curve
 from kvstrata.sim.curve_file import check_suffix, spread, write_curve
 from kvstrata.sim.replay import Workload, simulate
+from open_traces import AGENTIC, CONVERSATION
 
 PNG = b"\x89PNG\r\n"
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sim_kit import AGENTIC, CONVERSATION, GIB, MIB, open_real, random_tree_chains, trace_of, tree_chains
+from sim_kit import GIB, MIB, open_real, random_tree_chains, trace_of, tree_chains
 
 from kvstrata.errors import ConfigError
 from kvstrata.policies.belady import Belady, Future
 from kvstrata.sim.capacity import Footprint, resolve
 from kvstrata.sim.replay import SIMULATED, Workload, simulate
 from kvstrata.traces.parquet import ParquetTrace, write_parquet
+from open_traces import AGENTIC, CONVERSATION
 
 
 @pytest.fixture(scope="module")

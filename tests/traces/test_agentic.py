@@ -12,8 +12,9 @@ from trace_kit import assert_sound
 
 from kvstrata.errors import ConfigError, TraceFormatError
 from kvstrata.traces import agentic
+from open_traces import AGENTIC
 
-REAL = Path(__file__).parents[3] / "shared" / "traces" / "open" / "agentic" / "trace_0295.json.gz"
+REAL = AGENTIC / "trace_0295.json.gz"
 
 
 @pytest.mark.parametrize("name", ["c.json", "c.json.gz"])

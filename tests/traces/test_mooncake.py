@@ -12,12 +12,9 @@ from trace_kit import assert_sound
 
 from kvstrata.errors import TraceFormatError
 from kvstrata.traces import mooncake
+from open_traces import CONVERSATION as WHOLE
 
 SAMPLE = Path(__file__).parents[1] / "data" / "mooncake_conversation_300.jsonl"
-WHOLE = (
-    Path(__file__).parents[3]
-    / "shared" / "traces" / "open" / "mooncake" / "conversation_trace.jsonl.gz"
-)  # fmt: skip
 
 GOOD = [
     {"timestamp": 5000, "input_length": 1100, "output_length": 7, "hash_ids": [40, 41, 42]},

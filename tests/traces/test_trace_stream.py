@@ -14,8 +14,9 @@ from trace_kit import assert_sound
 from kvstrata.errors import ConfigError, TraceFormatError
 from kvstrata.traces import stream
 from kvstrata.traces.trace import Trace
+from open_traces import AGENTIC
 
-REAL = Path(__file__).parents[3] / "shared" / "traces" / "open" / "agentic"
+REAL = AGENTIC
 
 
 def chains(trace: Trace) -> list[list[int]]:
