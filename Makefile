@@ -34,6 +34,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/ttft.py
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/opening.py --dir .demo
+	$(BIN)/python benchmarks/preparing.py --dir .demo
 	$(BIN)/python benchmarks/file_io.py --dir .demo/bench
 	@test -d ../shared/traces/open || { echo "the real traces are not beside this folder: no simulator"; exit 1; }
 	$(BIN)/python benchmarks/simulator.py

@@ -63,6 +63,8 @@ def another_value(section: str, key: str) -> Any:
         return next(choice for choice in get_args(hint) if choice != default)
     if hint is bool:
         return not default
+    if key == "numa":
+        return "interleave"
     if hint is str:
         return "something"
     if key == "io_store_threads":
@@ -136,6 +138,8 @@ def test_true_is_no_number_and_one_is_no_truth(section: str, key: str) -> None:
         ({"tier": [{"type": "memory", "policy": "lruu"}]}, "did you mean 'lru'"),
         ({"tier": [{"type": "memory", "path": "x"}]}, "unknown key tier[0].path"),
         ({"store": {"full_queue": "dorp"}}, "did you mean 'drop'"),
+        ({"tier": [{"type": "memory", "numa": "-1"}]}, "tier[0].numa: '-1' is not one of 'auto'"),
+        ({"tier": [{"type": "memory", "numa": "1024"}]}, "a node such as"),
     ],
     ids=str,
 )
@@ -220,6 +224,7 @@ def test_a_printed_size_is_near_the_size(size: int) -> None:
         ("memory", "capacity_bytes", 0), ("memory", "ttl_seconds", -1),
         ("memory", "ttl_seconds", float("nan")), ("nvme", "capacity_bytes", 0),
         ("nvme", "ttl_seconds", -0.5), ("nvme", "path", ""), ("nvme", "segment_bytes", 2**20 - 1),
+        ("nvme", "prepare_segments", 0), ("nvme", "prepare_segments", 65),
     ],
 )  # fmt: skip
 def test_out_of_bounds(section: str, key: str, value: Any) -> None:
@@ -363,6 +368,8 @@ def values_of(section: str) -> st.SearchStrategy[dict[str, Any]]:
             strategies[key] = st.integers(2**20, 2**40) if key.endswith("_bytes") else st.integers(1, 6)
         elif key in ("path", "capture"):
             strategies[key] = st.just("/cache")
+        elif key == "numa":
+            strategies[key] = st.sampled_from(["auto", "interleave", "off", "0", "17"])
         else:
             strategies[key] = st.text(max_size=5)
     strategies.pop("io_store_threads", None)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from numpy.typing import NDArray
 
 from kvstrata.policies import POLICIES
-from kvstrata.table import BlockTable, Placement, TableEntry
+from kvstrata.table import BlockTable, Placement
 from kvstrata.types import BlockKey, Lookup
-from reference.table import Block, TableModel, assert_same
+from reference.table import Block, TableEntry, TableModel, assert_same, entries_in, rows_of
 
 SLOTS = 6
 SLOT_BYTES = 8192
@@ -152,13 +154,13 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule()
     def entries_go_out_and_come_in(self) -> None:
-        entries = self.table.entries()
+        entries = entries_in(self.table.entries())
         assert entries == self.model.entries()
         again = BlockTable(
             SLOTS, SLOT_BYTES, self.policy, batch_blocks=BATCH, clock_ms=lambda: self.model.now_ms
         )
-        assert again.restore(entries) == len(entries)
-        restored = again.entries()
+        assert again.restore(rows_of(entries)) == (len(entries), len(entries))
+        restored = entries_in(again.entries())
         if self.policy in ("lru", "lru_forward"):
             assert restored == entries  # their order is all there is to know
         assert sorted(restored, key=lambda entry: entry.slot) == sorted(
@@ -331,7 +333,7 @@ def test_blocks_expire_also_after_many_others_left_early(policy: str, count: int
     for number in range(count):
         now[0] += 1
         fill(table, [BlockKey(number.to_bytes(32, "big"))], request=number, ttl_seconds=10)
-    last = sorted(entry.expires_ms for entry in table.entries())
+    last = sorted(table.entries()["expires_ms"].tolist())
     assert len(last) == 4 and last[0] >= 10_001 and last[3] <= count + 10_000
     for moment, left in zip(last, (3, 2, 1, 0), strict=True):
         now[0] = moment
@@ -353,34 +355,37 @@ def test_an_expired_block_stays_readable_for_who_pinned_it(policy: str) -> None:
 
 
 def test_restore_takes_the_later_of_two_and_never_more_than_it_holds(policy: str) -> None:
-    def entry(key: int, slot: int, sequence: int) -> TableEntry:
-        return TableEntry(KEYS[key], slot, 10, sequence, sequence, 0)
+    def rows(*found: tuple[int, int, int]) -> NDArray[Any]:
+        """From key number, slot and sequence."""
+        return rows_of([TableEntry(KEYS[key], slot, 10, number, number, 0) for key, slot, number in found])
 
     table = BlockTable(3, SLOT_BYTES, policy)
-    assert table.restore([entry(0, 0, 5), entry(1, 1, 6), entry(0, 2, 7)]) == 2
-    assert {(e.key, e.slot) for e in table.entries()} == {(KEYS[1], 1), (KEYS[0], 2)}
+    assert table.restore(rows()) == (0, 0)
+    assert table.restore(rows((0, 0, 5), (1, 1, 6), (0, 2, 7))) == (2, 2)
+    assert {(e.key, e.slot) for e in entries_in(table.entries())} == {(KEYS[1], 1), (KEYS[0], 2)}
     (fresh,) = table.record(KEYS[5:6], [True], request=1).reserved
     assert (fresh.slot, fresh.sequence) == (0, 8)  # the slot of the loser; sequences go on
     table.check_integrity()
 
     table = BlockTable(3, SLOT_BYTES, policy)
-    assert table.restore([entry(n, n % 3, n) for n in range(6)]) == 3
-    assert {e.key for e in table.entries()} == set(KEYS[3:6])
+    assert table.restore(rows(*((n, n % 3, n) for n in range(6)))) == (3, 6)
+    assert set(table.entries()["key"].tolist()) == set(KEYS[3:6])
     table.check_integrity()
 
     table = BlockTable(3, SLOT_BYTES, policy)
-    assert table.restore([entry(0, 1, 1), entry(1, 1, 2)]) == 1  # one slot cannot hold both
+    assert table.restore(rows((0, 1, 1), (1, 1, 2))) == (1, 2)  # one slot cannot hold both
+    assert table.restore(rows((0, 0, 3), (2, 0, 4))) == (1, 2)  # nor can a key that is there come again
     table.check_integrity()
 
 
 def test_withdrawn_slots_are_not_used(policy: str) -> None:
     table = BlockTable(4, SLOT_BYTES, policy)
     fill(table, KEYS[:1])
-    used = table.entries()[0].slot
+    [used] = table.entries()["slot"].tolist()
     assert table.withdraw(range(4)) == 0
     assert table.capacity_bytes == SLOT_BYTES  # the occupied slot is still there
     assert fill(table, KEYS[1:4], request=2) <= 1
-    assert [e.slot for e in table.entries()] == [used]
+    assert table.entries()["slot"].tolist() == [used]
     assert table.restore_withdrawn() == 3
     assert fill(table, KEYS[4:8], request=3) >= 3  # what there is room for
     assert table.resident_blocks == 4

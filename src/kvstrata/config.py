@@ -35,7 +35,11 @@ PolicyOptions = Mapping[str, float]
 WriteMode = Literal["back", "through"]
 FullQueue = Literal["drop", "throttle"]
 Sync = Literal["flush", "always"]
+IoEngine = Literal["auto", "io_uring", "threads"]
 Verify = Literal["always", "never"]
+Touch = Literal["background", "now", "no"]
+Pin = Literal["auto", "no"]
+Prepare = Literal["ahead", "all", "no"]
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 SIZE_LIMIT = 2**63
@@ -45,6 +49,9 @@ BATCH_LIMIT = 2**20
 """Tables keep that many ids beside those of their slots."""
 NUMBER_LIMIT = 10**9
 """Of times in seconds: waiting for longer, or for nan, is an error of its own in the system."""
+NUMA_WORDS = ("auto", "interleave", "off")
+PREPARE_LIMIT = 64
+"""Segments kept ready; more would be another word for "all"."""
 _UNITS = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15,
@@ -87,6 +94,9 @@ class MemoryTierConfig:
     verify: Verify = "always"
     write_mode: WriteMode = "back"
     promote: bool = True
+    touch: Touch = "background"
+    numa: str = "auto"
+    pin: Pin = "auto"
 
     type = "memory"
 
@@ -103,6 +113,8 @@ class NvmeTierConfig:
     segment_bytes: int = GIB
     direct_io: bool = True
     sync: Sync = "flush"
+    prepare: Prepare = "ahead"
+    prepare_segments: int = 1
 
     type = "nvme"
 
@@ -119,6 +131,8 @@ class StoreConfig:
     """How blocks move, and what bounds them on their way."""
 
     io_deadline_seconds: float = 5.0
+    io_engine: IoEngine = "auto"
+    io_depth: int = 16
     io_threads: int = 8
     io_store_threads: int = 6
     queue_bytes: int = GIB
@@ -292,7 +306,8 @@ def _check(config: Config, source: str) -> None:
 
     store = config.store
     require(store.io_deadline_seconds > 0, "store.io_deadline_seconds", "must be above 0")
-    require(1 <= store.io_threads <= 256, "store.io_threads", "must be from 1 to 256")
+    for name in ("io_depth", "io_threads"):
+        require(1 <= getattr(store, name) <= 256, f"store.{name}", "must be from 1 to 256")
     require(
         1 <= store.io_store_threads <= store.io_threads,
         "store.io_store_threads",
@@ -329,7 +344,18 @@ def _check(config: Config, source: str) -> None:
         where = f"tier[{index}]"
         require(tier.capacity_bytes >= 1, f"{where}.capacity_bytes", "must be at least 1")
         require(tier.ttl_seconds >= 0, f"{where}.ttl_seconds", "cannot be negative; 0 means no TTL")
+        if isinstance(tier, MemoryTierConfig):
+            require(
+                tier.numa in NUMA_WORDS or (re.fullmatch(r"\d{1,3}", tier.numa, re.ASCII) is not None),
+                f"{where}.numa",
+                f'{tier.numa!r} is not one of {", ".join(map(repr, NUMA_WORDS))}, or a node such as "0"',
+            )
         if isinstance(tier, NvmeTierConfig):
+            require(
+                1 <= tier.prepare_segments <= PREPARE_LIMIT,
+                f"{where}.prepare_segments",
+                f"must be from 1 to {PREPARE_LIMIT}",
+            )
             require(bool(tier.path), f"{where}.path", "is missing; name the tier's folder")
             require(tier.segment_bytes >= MIB, f"{where}.segment_bytes", "must be at least 1 MiB")
             require("\0" not in tier.path, f"{where}.path", "cannot hold a NUL character")

@@ -19,8 +19,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstrata.policies import make_policy
 from kvstrata.policies.lists import Ids
@@ -28,6 +30,9 @@ from kvstrata.types import BlockKey, Lookup
 
 FREE, RESERVED, RESIDENT, GHOST, DOOMED = range(5)
 NEVER_MS = 0
+CHECKSUM_MASK = (1 << 64) - 1
+
+Column = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +54,72 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Placements:
+    """Many of them as columns: int64 arrays of equal length, and the keys. Checksums are signed words."""
+
+    positions: Column
+    indices: Column
+    slots: Column
+    keys: list[BlockKey]
+    lengths: Column
+    checksums: Column
+    sequences: Column
+    expires_ms: Column
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, row: int) -> Placement:
+        return Placement(
+            int(self.positions[row]), int(self.indices[row]), int(self.slots[row]), self.keys[row],
+            int(self.lengths[row]), int(self.checksums[row]) & CHECKSUM_MASK, int(self.sequences[row]),
+            int(self.expires_ms[row]),
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Placement]:
+        return (self[row] for row in range(len(self)))
+
+    def take(self, rows: Column) -> Placements:
+        """Those rows, by number."""
+        keys = [self.keys[row] for row in rows.tolist()]
+        return Placements(
+            self.positions[rows], self.indices[rows], self.slots[rows], keys, self.lengths[rows],
+            self.checksums[rows], self.sequences[rows], self.expires_ms[rows],
+        )  # fmt: skip
+
+    def at(self, positions: Column) -> Column:
+        """Row numbers of positions; `self.positions` ascends, as in everything the table returns."""
+        return np.searchsorted(self.positions, positions)
+
+    def key_words(self) -> Column:
+        """Keys as (n, 4) int64."""
+        return np.frombuffer(b"".join(self.keys), dtype=np.int64).reshape(-1, 4)
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """Answer of `BlockTable.record`.
 
-    hits: positions that were resident or being written before. reserved: placements to be written, then
+    hits: positions that were resident or being written before. placed: placements to be written, then
     committed or aborted. refused: positions that found no room. evicted: blocks that left.
     """
 
     hits: list[int]
-    reserved: list[Placement]
+    placed: Placements
     refused: list[int]
     evicted: int
 
+    @property
+    def reserved(self) -> list[Placement]:
+        """`placed` one by one."""
+        return list(self.placed)
 
-@dataclass(frozen=True, slots=True)
-class TableEntry:
-    """A resident block as it goes into or comes out of an index file, coldest first."""
 
-    key: BlockKey
-    slot: int
-    length: int
-    checksum: int
-    sequence: int
-    expires_ms: int
+ENTRY_DTYPE = np.dtype(
+    [("key", "V32"), ("slot", "<i8"), ("length", "<i8"), ("checksum", "<u8"), ("sequence", "<i8"),
+     ("expires_ms", "<i8")]
+)  # fmt: skip
+"""A resident block as it goes into or comes out of an index file; arrays of them are coldest first."""
 
 
 def unix_ms() -> int:
@@ -142,32 +190,43 @@ class BlockTable:
 
     def pin(self, keys: Sequence[BlockKey]) -> list[Placement]:
         """Pin every key that is resident; the others are left out. Unpin each placement once."""
-        with self._swept():
-            found = [
-                (position, key, index)
-                for position, key in enumerate(keys)
-                if (index := self._resident.get(key)) is not None
-            ]
-            for _, _, index in found:
-                self._pins[index] += 1
-            return [self._placement(position, key, index) for position, key, index in found]
+        return list(self.pin_all(keys))
 
-    def _placement(self, position: int, key: BlockKey, index: int) -> Placement:
-        return Placement(
-            position, index, int(self._slot[index]), key, int(self._length[index]),
-            int(self._checksum[index]), int(self._sequence[index]), int(self._expires_ms[index]),
+    def pin_all(self, keys: Sequence[BlockKey]) -> Placements:
+        """`pin`, as columns."""
+        with self._swept():
+            resident = self._resident
+            found = [index for key in keys if (index := resident.get(key)) is not None]
+            if len(found) == len(keys):
+                positions, kept = np.arange(len(keys)), list(keys)
+            else:
+                positions = np.array([n for n, key in enumerate(keys) if key in resident], dtype=np.int64)
+                kept = [keys[n] for n in positions.tolist()]
+            indices = np.array(found, dtype=np.int64)
+            np.add.at(self._pins, indices, 1)
+            return self._placements(positions, indices, kept)
+
+    def _placements(self, positions: Column, indices: Column, keys: list[BlockKey]) -> Placements:
+        return Placements(
+            positions, indices, self._slot[indices], keys, self._length[indices],
+            self._checksum[indices].view(np.int64), self._sequence[indices], self._expires_ms[indices],
         )  # fmt: skip
 
-    def unpin(self, placements: Iterable[Placement]) -> None:
+    def unpin(self, placements: Placements | Iterable[Placement]) -> None:
+        if not isinstance(placements, Placements):
+            indices = np.array([placement.index for placement in placements], dtype=np.int64)
+        else:
+            indices = placements.indices
         with self._lock:
-            for placement in placements:
-                self._unpin(placement.index)
+            self._unpin(indices)
 
-    def _unpin(self, index: int) -> None:
-        assert self._pins[index] > 0, "a placement was unpinned twice"
-        self._pins[index] -= 1
-        if self._pins[index] == 0 and self._state[index] == DOOMED:
-            self._release(index)
+    def _unpin(self, indices: Column) -> None:
+        assert (self._pins[indices] > 0).all(), "a placement was unpinned twice"
+        np.subtract.at(self._pins, indices, 1)
+        ended = indices[(self._pins[indices] == 0) & (self._state[indices] == DOOMED)]
+        for index in ended.tolist():
+            if self._state[index] == DOOMED:
+                self._release(index)
 
     # What comes and goes
 
@@ -217,30 +276,37 @@ class BlockTable:
                 request,
             )
             left = self._leave(evicted, forgotten)
-            reserved: list[Placement] = []
+            taken: list[int] = []
             refused: list[int] = []
             expires_ms = self._clock_ms() + int(ttl_seconds * 1000) if ttl_seconds else NEVER_MS
             self._next_sequence += len(fresh)
+            room = len(self._free_slots)
             for rank, (position, index) in enumerate(fresh):
-                if not self._policy.resident(index) or not self._free_slots:
-                    refused.append(position)
-                    if self._policy.resident(index):
-                        self._forget(index)
-                    if self._policy.where[index]:
-                        self._state[index] = GHOST
-                    elif self._keys[index] is not None:
-                        self._release(index)
+                if self._policy.resident(index) and len(taken) < room:
+                    taken.append(rank)
                     continue
-                self._state[index] = RESERVED
-                self._pins[index] = 1
-                self._slot[index] = self._free_slots.pop()
-                self._length[index] = 0
-                self._checksum[index] = 0
-                # The deepest block is the oldest, so that a rebuilt order is leaf first too.
-                self._sequence[index] = self._next_sequence - 1 - rank
-                self._expires_ms[index] = expires_ms
-                reserved.append(self._placement(position, keys[position], index))
-            return Recorded(hits, reserved, refused, left)
+                refused.append(position)
+                if self._policy.resident(index):
+                    self._forget(index)
+                if self._policy.where[index]:
+                    self._state[index] = GHOST
+                elif self._keys[index] is not None:
+                    self._release(index)
+            placed = np.array([fresh[rank] for rank in taken], dtype=np.int64).reshape(-1, 2)
+            reserved, chosen = placed[:, 1], len(self._free_slots) - len(taken)
+            self._state[reserved] = RESERVED
+            self._pins[reserved] = 1
+            # Neighbours in a chain become neighbours on the medium, where that is possible.
+            self._slot[reserved] = sorted(self._free_slots[chosen:])
+            del self._free_slots[chosen:]
+            self._length[reserved] = 0
+            self._checksum[reserved] = 0
+            # The deepest block is the oldest, so that a rebuilt order is leaf first too.
+            self._sequence[reserved] = self._next_sequence - 1 - np.array(taken, dtype=np.int64)
+            self._expires_ms[reserved] = expires_ms
+            places = placed[:, 0]
+            kept = [keys[position] for position in places.tolist()]
+            return Recorded(hits, self._placements(places, reserved, kept), refused, left)
 
     def _take_id(self, key: BlockKey) -> int:
         index = self._free_ids.pop()
@@ -288,22 +354,32 @@ class BlockTable:
 
     def commit(self, placement: Placement, *, length: int, checksum: int) -> None:
         """The bytes are in the slot: the block becomes loadable and loses its writer's pin."""
+        word = np.array([checksum], dtype=np.uint64).view(np.int64)
+        self.commit_all(alone(placement), np.array([length]), word)
+
+    def commit_all(self, placements: Placements, lengths: Column, checksums: Column) -> None:
+        """`commit` for many. checksums: signed words."""
+        indices = placements.indices
         with self._lock:
-            index = placement.index
-            assert self._state[index] == RESERVED, "only a reserved block can be committed"
-            self._state[index] = RESIDENT
-            self._length[index] = length
-            self._checksum[index] = checksum
-            self._resident[placement.key] = index
-            if placement.expires_ms:
+            assert (self._state[indices] == RESERVED).all(), "only a reserved block can be committed"
+            self._state[indices] = RESIDENT
+            self._length[indices] = lengths
+            self._checksum[indices] = checksums.view(np.uint64)
+            self._resident.update(zip(placements.keys, indices.tolist(), strict=True))
+            for index in indices[placements.expires_ms > 0].tolist():
                 self._expect_expiry(index)
-            self._unpin(index)
+            self._unpin(indices)
 
     def abort(self, placement: Placement) -> None:
         """The write failed: the block was never there. Drops the writer's pin."""
+        self.abort_all(alone(placement))
+
+    def abort_all(self, placements: Placements) -> None:
+        """`abort` for many."""
         with self._lock:
-            self._doom(placement.index)
-            self._unpin(placement.index)
+            for index in placements.indices.tolist():
+                self._doom(index)
+            self._unpin(placements.indices)
 
     def drop(self, placement: Placement) -> bool:
         """Bad bytes were found in a pinned block: nobody finds it any more. Keeps the caller's pin.
@@ -323,7 +399,7 @@ class BlockTable:
             for index in found:
                 self._pins[index] += 1
                 self._doom(index)
-                self._unpin(index)
+                self._unpin(np.array([index]))
             return len(found)
 
     def _doom(self, index: int) -> None:
@@ -363,7 +439,7 @@ class BlockTable:
             if self._sequence[index] == sequence and self._state[index] == RESIDENT:
                 self._pins[index] += 1
                 self._doom(index)
-                self._unpin(index)
+                self._unpin(np.array([index]))
                 expired += 1
         return expired
 
@@ -395,53 +471,73 @@ class BlockTable:
 
     # Opening and closing
 
-    def restore(self, entries: Sequence[TableEntry], request: int = 0) -> int:
-        """Take over blocks found on the medium, coldest first. Returns how many found room.
+    def restore(self, entries: NDArray[Any], request: int = 0) -> tuple[int, int]:
+        """Take over blocks found on the medium: rows of ENTRY_DTYPE, coldest first.
 
-        Of two entries with one key the later one wins. Slots must be free and within bounds.
+        Returns how many found room, and how many different keys there were. Of two entries with one key
+        the later one wins. Slots must be free and within bounds. The policy sees one request per block.
         """
         with self._lock:
-            latest = {entry.key: entry for entry in entries}
-            ordered = [entry for entry in entries if latest[entry.key] is entry]
-            taken = set()
-            for entry in ordered[max(0, len(ordered) - self.slots) :]:
-                if entry.slot in taken or entry.key in self._ids:
-                    continue
-                index = self._take_id(entry.key)
-                one = np.array([index], dtype=np.int32)
-                self._policy.access(one, np.ones(1, np.bool_), self._sizes, self._pins, request)
-                if not self._policy.resident(index):
-                    self._release(index)
-                    continue
-                self._state[index] = RESIDENT
-                self._slot[index] = entry.slot
-                self._length[index] = entry.length
-                self._checksum[index] = entry.checksum
-                self._sequence[index] = entry.sequence
-                self._expires_ms[index] = entry.expires_ms
-                self._resident[entry.key] = index
-                taken.add(entry.slot)
-                if entry.expires_ms:
-                    self._expect_expiry(index)
-                self._next_sequence = max(self._next_sequence, entry.sequence + 1)
-            self._free_slots = [slot for slot in self._free_slots if slot not in taken]
-            return len(taken)
+            keys: list[BlockKey] = entries["key"].tolist()
+            last = {key: row for row, key in enumerate(keys)}
+            rows = np.sort(np.fromiter(last.values(), np.int64, len(last)))
+            rows = rows[max(0, len(rows) - self.slots) :]
+            if self._ids:
+                rows = rows[[keys[row] not in self._ids for row in rows.tolist()]]
+            _, first_of_slot = np.unique(entries["slot"][rows], return_index=True)
+            rows = rows[np.sort(first_of_slot)]
+            if not len(rows):
+                return 0, len(last)
+            taken = self._admit_each([keys[row] for row in rows.tolist()], request)
+            rows, indices = rows[taken >= 0], taken[taken >= 0]
+            self._state[indices] = RESIDENT
+            self._slot[indices] = entries["slot"][rows]
+            self._length[indices] = entries["length"][rows]
+            self._checksum[indices] = entries["checksum"][rows]
+            self._sequence[indices] = entries["sequence"][rows]
+            self._expires_ms[indices] = entries["expires_ms"][rows]
+            self._resident.update(zip([keys[row] for row in rows.tolist()], indices.tolist(), strict=True))
+            for index in indices[self._expires_ms[indices] != NEVER_MS].tolist():
+                self._expect_expiry(index)
+            self._next_sequence = max(
+                self._next_sequence, int(entries["sequence"][rows].max(initial=0)) + 1
+            )
+            free = np.array(self._free_slots, np.int64)
+            self._free_slots = free[~np.isin(free, entries["slot"][rows])].tolist()
+            return len(rows), len(last)
 
-    def entries(self) -> list[TableEntry]:
-        """Every resident block, the one that would leave first at the front."""
+    def _admit_each(self, keys: list[BlockKey], request: int) -> NDArray[np.int64]:
+        """Ids for keys that have none, each a request of its own to the policy; -1 where it refused."""
+        indices = self._free_ids[: -len(keys) - 1 : -1]
+        del self._free_ids[-len(keys) :]
+        self._ids.update(zip(keys, indices, strict=True))
+        for key, index in zip(keys, indices, strict=True):
+            self._keys[index] = key
+        ids = np.array(indices, np.int32)
+        if len(self._policy.digest):
+            self._policy.digest[ids] = np.array([key[:8] for key in keys], "S8").view("<u8")
+        evicted, forgotten = self._policy.admit_each(ids, self._sizes, self._pins, request)
+        self._leave(evicted, forgotten)
+        places = self._policy.where[ids]
+        for index in ids[places < 0].tolist():
+            self._state[index] = GHOST
+        for index in ids[places == 0].tolist():
+            self._release(index)
+        return np.where(places > 0, ids, -1).astype(np.int64)
+
+    def entries(self) -> NDArray[Any]:
+        """Every resident block as a row of ENTRY_DTYPE, the one that would leave first at the front."""
         with self._swept():
-            ordered = [i for i in self._policy.order().tolist() if self._state[i] == RESIDENT]
-            result = []
-            for index in ordered:
-                key = self._keys[index]
-                assert key is not None
-                place = self._placement(0, key, index)
-                result.append(
-                    TableEntry(
-                        key, place.slot, place.length, place.checksum, place.sequence,
-                        place.expires_ms,
-                    )
-                )  # fmt: skip
+            ordered = self._policy.order()
+            ordered = ordered[self._state[ordered] == RESIDENT]
+            result = np.zeros(len(ordered), ENTRY_DTYPE)
+            keys = [self._keys[index] for index in ordered.tolist()]
+            result["key"] = np.array(keys, "S32").view("V32")
+            result["slot"] = self._slot[ordered]
+            result["length"] = self._length[ordered]
+            result["checksum"] = self._checksum[ordered]
+            result["sequence"] = self._sequence[ordered]
+            result["expires_ms"] = self._expires_ms[ordered]
             return result
 
     # What an operator sees
@@ -490,3 +586,16 @@ class BlockTable:
             assert len(self._policy.order()) == listed
             assert len(set(self._free_ids)) == len(self._free_ids)
             assert len(self._free_ids) == int(np.count_nonzero(states == FREE))
+
+
+def alone(placement: Placement) -> Placements:
+    """One placement as columns."""
+
+    def word(value: int) -> Column:
+        return np.array([value], dtype=np.int64)
+
+    return Placements(
+        word(placement.position), word(placement.index), word(placement.slot), [placement.key],
+        word(placement.length), np.array([placement.checksum], dtype=np.uint64).view(np.int64),
+        word(placement.sequence), word(placement.expires_ms),
+    )  # fmt: skip

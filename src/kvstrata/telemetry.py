@@ -12,6 +12,9 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 CATALOGUE: dict[str, tuple[tuple[str, ...], str]] = {
     "lookups_total": ((), "Look-ups asked by the engine"),
     "lookup_blocks_total": (("result",), "Blocks looked up, by result"),
@@ -20,6 +23,9 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], str]] = {
     "read_bytes_total": (("tier",), "Payload bytes read and verified"),
     "write_bytes_total": (("tier",), "Payload bytes written"),
     "io_errors_total": (("tier", "op", "errno"), "Errors answered by the medium"),
+    "touched_bytes_total": (("tier",), "Bytes of memory taken from the system ahead of use"),
+    "prepared_segments_total": (("tier",), "Segments made and written through ahead of use"),
+    "prepared_bytes_total": (("tier",), "Bytes written to prepare segments"),
     "evictions_total": (("tier",), "Blocks evicted by the policy"),
     "expired_total": (("tier",), "Blocks that reached their TTL"),
     "restored_blocks_total": (("tier",), "Blocks found when the tier opened"),
@@ -57,6 +63,12 @@ class Histogram:
         self.counts[bisect_left(BUCKETS_SECONDS, seconds)] += 1
         self.total_seconds += seconds
 
+    def observe_all(self, seconds: NDArray[np.float64]) -> None:
+        places = np.searchsorted(BUCKETS_SECONDS, seconds)
+        for place, count in enumerate(np.bincount(places, minlength=len(self.counts)).tolist()):
+            self.counts[place] += count
+        self.total_seconds += float(seconds.sum())
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -93,6 +105,12 @@ class Telemetry:
             if histogram is None:
                 histogram = self._histograms[key] = Histogram()
             histogram.observe(seconds)
+
+    def observe_all(self, name: str, seconds: NDArray[np.float64], *labels: str) -> None:
+        """`observe` for many, (n,) seconds."""
+        assert len(labels) == len(HISTOGRAMS[name][0]), (name, labels)
+        with self._lock:
+            self._histograms.setdefault((name, labels), Histogram()).observe_all(seconds)
 
     def event(self, kind: str, detail: str) -> None:
         with self._lock:

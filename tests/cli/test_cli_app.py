@@ -14,7 +14,7 @@ from typer.testing import Result
 
 import kvstrata
 
-COMMANDS = ("init", "inspect", "verify", "stats", "vllm-config")
+COMMANDS = ("init", "prepare", "inspect", "verify", "stats", "vllm-config")
 
 
 def test_help_lists_every_command(run: Callable[..., Result]) -> None:

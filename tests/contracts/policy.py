@@ -251,6 +251,30 @@ class PolicyContract:
         assert whole.order().tolist() == single.order().tolist()
         assert {MISS, HIT, ADMITTED} >= set(together) >= {HIT, ADMITTED}
 
+    @pytest.mark.parametrize("equal_sizes", [True, False])
+    @pytest.mark.parametrize("found", [1, 37, 120])
+    def test_admitting_each_is_a_call_for_each(self, name: str, found: int, equal_sizes: bool) -> None:
+        """What a table does with the blocks that it finds when it opens, and all that follows from it."""
+        rng = np.random.default_rng(found)
+        ids, capacity = 300, 120
+        sizes = np.ones(ids, np.int64) if equal_sizes else rng.integers(1, 5, ids)
+        pins, one = np.zeros(ids, np.int32), np.ones(1, np.bool_)
+        blocks = rng.permutation(ids)[:found].astype(np.int32)
+        whole, single = (make_policy(name, ids, capacity) for _ in range(2))
+        evicted, _ = whole.admit_each(blocks, sizes, pins, 7)
+        for index in blocks:
+            single.access(np.array([index], np.int32), one, sizes, pins, 7)
+        assert whole.order().tolist() == single.order().tolist()
+        assert len(whole.order()) == found or not equal_sizes
+        assert not len(evicted) or not equal_sizes
+        for request in [7, 7, *range(8, 300)]:
+            chain = np.array(_chain(rng, ids), np.int32)
+            may = np.ones(len(chain), np.bool_)
+            answers = [policy.access(chain, may, sizes, pins, request) for policy in (whole, single)]
+            assert [part.tolist() for part in answers[0]] == [part.tolist() for part in answers[1]]
+        assert whole.order().tolist() == single.order().tolist()
+        assert whole.where.tolist() == single.where.tolist()
+
     def test_an_unknown_parameter_names_the_known_ones(self, name: str) -> None:
         with pytest.raises(ConfigError, match="no parameter 'colour'"):
             make_policy(name, 8, 4, colour=1)

@@ -6,14 +6,38 @@ The model is told which slot the table chose, checks that it was free, and predi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstrata.policies import POLICIES
-from kvstrata.table import Placement, Recorded, TableEntry
+from kvstrata.table import ENTRY_DTYPE, Placement, Recorded
 from kvstrata.types import BlockKey, Lookup
 from reference import REFERENCES
 from reference.policy import Item
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """A row of ENTRY_DTYPE, for people."""
+
+    key: BlockKey
+    slot: int
+    length: int
+    checksum: int
+    sequence: int
+    expires_ms: int
+
+
+def rows_of(entries: Sequence[TableEntry]) -> NDArray[Any]:
+    return np.array([astuple(entry) for entry in entries], ENTRY_DTYPE)
+
+
+def entries_in(rows: NDArray[Any]) -> list[TableEntry]:
+    return [TableEntry(*row) for row in rows.tolist()]
 
 
 class Phase(Enum):

@@ -617,10 +617,10 @@ def test_the_order_of_eviction_survives_a_clean_restart(tmp_path: Path) -> None:
         save(store, old)
         save(store, new)
         store.touch(old)
-        order = [entry.key for entry in store.tiers[0].table.entries()]
+        order = store.tiers[0].table.entries()["key"].tolist()
         assert order == [*reversed(new), *reversed(old)]
     with open_store(config) as store:
-        assert [entry.key for entry in store.tiers[0].table.entries()] == order
+        assert store.tiers[0].table.entries()["key"].tolist() == order
         room = report_of(store).slots - 8
         for number in range(10, 10 + room + 4):
             save(store, chain(number, 1))
@@ -633,10 +633,10 @@ def test_the_order_of_saving_survives_a_crash(tmp_path: Path) -> None:
     with open_store(config) as store:
         for number in range(5):
             save(store, chain(number, 4))
-        order = [entry.key for entry in store.tiers[0].table.entries()]
+        order = store.tiers[0].table.entries()["key"].tolist()
     (tmp_path / INDEX_FILE).unlink()
     with open_store(config) as store:
-        assert [entry.key for entry in store.tiers[0].table.entries()] == order
+        assert store.tiers[0].table.entries()["key"].tolist() == order
 
 
 @pytest.mark.parametrize("crashed", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,16 +12,17 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.table import TableEntry
+from kvstrata.table import ENTRY_DTYPE
 from kvstrata.tiers.nvme_format import (
     FORMAT,
     INDEX_ENTRY_DTYPE,
     INDEX_SEGMENT_DTYPE,
+    SLOT_HEADER_DTYPE,
     VERSION,
     IndexFile,
     SegmentHeader,
     SlotHeader,
-    index_entries,
+    entries_of,
     index_rows,
     segment_name,
     segment_size,
@@ -28,7 +30,6 @@ from kvstrata.tiers.nvme_format import (
     slot_stride,
 )
 from kvstrata.transfer.buffers import PAGE
-from kvstrata.types import BlockKey
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 digests = st.binary(min_size=32, max_size=32)
@@ -52,21 +53,9 @@ slot_headers = st.builds(
     created_ms=u64,
     expires_ms=u64,
 )
-placed_entries = st.lists(
-    st.tuples(
-        u32, u32, st.builds(TableEntry, digests.map(BlockKey), st.just(0), u64, u64, u64, u64)
-    ).map(
-        lambda drawn: (
-            drawn[0],
-            drawn[1],
-            TableEntry(
-                drawn[2].key, drawn[1], drawn[2].length, drawn[2].checksum, drawn[2].sequence,
-                drawn[2].expires_ms,
-            ),
-        )
-    ),
-    max_size=5,
-)  # fmt: skip
+u63 = st.integers(0, 2**63 - 1)
+placed_entries = st.lists(st.tuples(u32, u32, st.tuples(digests, u32, u63, u64, u63, u63)), max_size=5)
+"""Position of the segment in the index, slot in it, and the fields of an entry."""
 segment_rows = st.lists(st.tuples(u64, u64, u64, u64), max_size=3).map(
     lambda rows: np.array(rows, dtype=INDEX_SEGMENT_DTYPE)
 )
@@ -85,7 +74,7 @@ SLOT = SlotHeader(
     created_ms=1_800_000_000_001,
     expires_ms=1_800_000_009_000,
 )
-ENTRY = TableEntry(BlockKey(bytes(range(32))), 5, 8_000, 0xFEDCBA9876543210, 42, 1_800_000_009_000)
+ENTRY = (bytes(range(32)), 5, 8_000, 0xFEDCBA9876543210, 42, 1_800_000_009_000)
 
 
 def pack(header: SlotHeader, background: int = 0) -> bytearray:
@@ -96,7 +85,13 @@ def pack(header: SlotHeader, background: int = 0) -> bytearray:
 
 def index_file() -> IndexFile:
     segments = np.array([(7, 77, 950_272, 1_800_000_000_000_000_000)], dtype=INDEX_SEGMENT_DTYPE)
-    return IndexFile(3 * PAGE, segments, index_rows([(0, 5, ENTRY)]))
+    return IndexFile(3 * PAGE, segments, rows_of([(0, 5, ENTRY)]))
+
+
+def rows_of(placed: list[tuple[int, int, tuple[object, ...]]]) -> np.ndarray:
+    entries = np.array([entry for _, _, entry in placed], ENTRY_DTYPE)
+    segments, numbers = ([row[column] for row in placed] for column in (0, 1))
+    return index_rows(entries, np.array(segments, np.int64), np.array(numbers, np.int64))
 
 
 def same_index(one: IndexFile, other: IndexFile) -> bool:
@@ -131,17 +126,27 @@ def test_slot_headers_come_back(header: SlotHeader, background: int) -> None:
     placed=placed_entries,
 )
 def test_indexes_come_back(
-    stride: int, segments: np.ndarray, placed: list[tuple[int, int, TableEntry]]
+    stride: int, segments: np.ndarray, placed: list[tuple[int, int, tuple[object, ...]]]
 ) -> None:
-    index = IndexFile(stride, segments, index_rows(placed))
+    index = IndexFile(stride, segments, rows_of(placed))
     again = IndexFile.unpack(index.pack())
     assert again is not None and same_index(index, again)
-    assert index_entries(again.entries) == placed
+    assert again.entries["segment"].tolist() == [segment for segment, _, _ in placed]
+    assert again.entries["slot"].tolist() == [number for _, number, _ in placed]
+    slots = np.array([entry[1] for _, _, entry in placed], np.int64)
+    assert entries_of(again.entries, slots).tolist() == [entry for _, _, entry in placed]
 
 
 def test_keys_may_end_with_zeros() -> None:
-    entry = TableEntry(BlockKey(b"\1" + bytes(31)), 2, 1, 1, 1, 0)
-    assert index_entries(index_rows([(3, 2, entry)])) == [(3, 2, entry)]
+    entry = (b"\1" + bytes(31), 2, 1, 1, 1, 0)
+    assert entries_of(rows_of([(3, 2, entry)]), np.array([2])).tolist() == [entry]
+
+
+@given(header=slot_headers)
+def test_slot_headers_in_an_array_say_the_same(header: SlotHeader) -> None:
+    [row] = np.frombuffer(pack(header), SLOT_HEADER_DTYPE, 1)
+    for field in fields(SlotHeader):
+        assert row[field.name].item() == getattr(header, field.name), field.name
 
 
 # Damage

@@ -21,6 +21,9 @@ WORDS: dict[str, dict[str, str]] = {
         "verify": "check the checksum on every read from memory",
         "write_mode": "the tier below gets a block later, or before the save is done",
         "promote": "copy a block that was read from the tier below into memory",
+        "touch": "take the memory from the system ahead of its first use",
+        "numa": 'nodes that it lies on: "auto", "interleave", "off", or a node such as "0"',
+        "pin": "register it with the CUDA driver, if there is one",
     },
     "nvme": {
         "path": "folder of this tier, for one process; on a local NVMe disk",
@@ -31,6 +34,8 @@ WORDS: dict[str, dict[str, str]] = {
         "segment_bytes": "size of one file; the disk's space is taken file by file, when needed",
         "direct_io": "read and write past the page cache (O_DIRECT) where the file system can",
         "sync": "made to survive a power loss at flush and close, or after every block",
+        "prepare": "write new segments through once in the background: the next one, or all",
+        "prepare_segments": 'how many to keep ready with "ahead"',
     },
     "store": {
         "io_deadline_seconds": "a load or save that takes longer counts as failed",

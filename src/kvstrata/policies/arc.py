@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstrata.jit import inlined, kernel
 from kvstrata.policies.base import (
     ADMITTED,
     GONE,
@@ -27,7 +28,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.lists import (
     PREV,
     Ids,

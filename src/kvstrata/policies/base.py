@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.errors import ConfigError
-from kvstrata.policies.jit import kernel
+from kvstrata.jit import kernel
 from kvstrata.policies.lists import Ids
 
 Ints = NDArray[np.int64]
@@ -188,6 +188,18 @@ class Policy(ABC):
             whole[fresh] = outcome
             outcome = whole
         return Answer(outcome, *self._settled())
+
+    def admit_each(self, ids: Ids, sizes: Ints, pins: Pins, request: int) -> tuple[Ids, Ids]:
+        """`access` for every id alone, all of them new, in one call; returns evicted and forgotten ids.
+
+        For a table that takes over what it finds: the order of the ids is all that is known of them.
+        """
+        if len(self._stamp) != self.max_ids:
+            self._stamp = np.full(self.max_ids, -1, dtype=np.int64)
+        starts = np.arange(len(ids) + 1, dtype=np.int64)
+        self._call(ids, starts, np.ones(len(ids), np.bool_), sizes, pins)
+        self._stamp[ids] = request
+        return self._settled()
 
     def replay(self, ids: Ids, starts: Ints, sizes: Ints) -> Outcomes:
         """Whole requests of a simulation: everything may enter, nothing is pinned.

@@ -21,8 +21,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstrata.jit import kernel
 from kvstrata.policies.base import ADMITTED, HIT, MISS, Ints, Outcomes
-from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import Ids
 
 USED, CAPACITY, RESIDENT, FORCED = 0, 1, 2, 3

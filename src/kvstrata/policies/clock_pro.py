@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvstrata.jit import inlined, kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -41,7 +42,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share
 from kvstrata.policies.lists import (
     PREV,

@@ -26,6 +26,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstrata.jit import kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -41,7 +42,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import kernel
 from kvstrata.policies.knobs import whole
 from kvstrata.policies.lists import (
     NEXT,

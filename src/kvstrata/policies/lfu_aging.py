@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvstrata.jit import kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -37,7 +38,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import kernel
 from kvstrata.policies.knobs import whole
 from kvstrata.policies.lists import (
     NEXT,

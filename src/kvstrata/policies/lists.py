@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.policies.jit import inlined, kernel
+from kvstrata.jit import inlined, kernel
 
 Ids = NDArray[np.int32]
 Links = NDArray[np.int32]

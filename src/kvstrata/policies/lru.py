@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from kvstrata.jit import inlined, kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -25,7 +26,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.lists import (
     NEXT,
     PREV,

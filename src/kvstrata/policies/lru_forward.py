@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from kvstrata.jit import kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -22,7 +23,6 @@ from kvstrata.policies.base import (
     Pins,
     Places,
 )
-from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import PREV, Ids, Links, push_recent, push_run, unlink_run
 from kvstrata.policies.lru import LISTED, OneList, make_room
 

@@ -24,6 +24,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvstrata.errors import ConfigError
+from kvstrata.jit import inlined, kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -40,7 +41,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share, whole
 from kvstrata.policies.lists import (
     PREV,

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvstrata.jit import kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -31,7 +32,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import PREV, Ids, Links, make_rings, push_recent, ring_order, unlink
 
 PLAIN, VISITED = 1, 2

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.errors import ConfigError
+from kvstrata.jit import inlined, kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -47,7 +48,6 @@ from kvstrata.policies.base import (
     Policy,
     mixed,
 )
-from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share, whole
 from kvstrata.policies.lists import (
     PREV,

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from kvstrata.jit import inlined, kernel
 from kvstrata.policies.base import (
     ADMITTED,
     CAPACITY,
@@ -34,7 +35,6 @@ from kvstrata.policies.base import (
     Places,
     Policy,
 )
-from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.knobs import share
 from kvstrata.policies.lists import (
     PREV,

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.errors import ConfigError, TraceFormatError
+from kvstrata.jit import inlined, kernel
 from kvstrata.policies.base import Ints
-from kvstrata.policies.jit import inlined, kernel
 from kvstrata.policies.lists import Ids
 from kvstrata.sim.replay import BATCH_ACCESSES, Workload
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstrata.jit import kernel
 from kvstrata.policies.base import ADMITTED, HIT, Ints, Outcomes
-from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import Ids
 from kvstrata.sim.capacity import Capacity
 

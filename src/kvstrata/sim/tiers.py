@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 
 from kvstrata.config import WriteMode
 from kvstrata.errors import ConfigError
+from kvstrata.jit import kernel
 from kvstrata.policies.base import ADMITTED, HIT, Flags, Ints, Policy
 from kvstrata.policies.belady import Belady
-from kvstrata.policies.jit import kernel
 from kvstrata.policies.lists import Ids
 from kvstrata.sim.capacity import Capacity, resolve
 from kvstrata.sim.replay import BATCH_ACCESSES, Workload, make_simulated

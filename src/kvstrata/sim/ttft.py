@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.errors import ConfigError
+from kvstrata.jit import kernel
 from kvstrata.policies.base import Ints
-from kvstrata.policies.jit import kernel
 
 Floats = NDArray[np.float64]
 

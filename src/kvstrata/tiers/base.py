@@ -1,19 +1,39 @@
 """The contract of a tier that this process owns alone: it holds a BlockTable, so it decides what leaves.
 
-read and write run in executor threads and raise what happens: OSError from the medium, BlockCorruptError
-for bytes that are not what was saved. They never decide; the store turns exceptions into outcomes.
+Batches of blocks go to the tier's engine, which says of every block how it ended; tiers never decide what
+that means for the engine of the caller, the store does.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstrata.config import StoreConfig
-from kvstrata.table import BlockTable, Placement
+from kvstrata.errors import BlockCorruptError, StoreClosedError
+from kvstrata.table import BlockTable, Placement, Placements, alone
 from kvstrata.telemetry import Telemetry
 from kvstrata.tiers.breaker import Breaker
+from kvstrata.transfer import engine_kernels as k
+from kvstrata.transfer.buffers import Buffers
+from kvstrata.transfer.engine import Engine, EngineSettings, OnDone, Rows
+from kvstrata.transfer.handle import Cancellable
+from kvstrata.transfer.slot_header import REASONS, WRONG_LENGTH
+from kvstrata.transfer.upkeep import Upkeep
+
+NEVER_NS = 1 << 62
+"""A deadline that does not come."""
+
+Words = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +58,12 @@ class LocalTier(ABC):
 
     def __init__(self, store: StoreConfig, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
+        self.upkeep = Upkeep(f"kvstrata-{self.name}")
+        self._store = store
         self._table: BlockTable | None = None
+        self._engine: Engine | None = None
         self._opened = False
+        self._stopped = False
         self.reads, self.writes = (
             Breaker(
                 self.name,
@@ -70,21 +94,170 @@ class LocalTier(ABC):
     def writable(self) -> bool:
         return self.opened and self.writes.closed
 
+    # Moving blocks
+
+    def start_load(
+        self,
+        placements: Placements,
+        targets: Buffers,
+        deadline_ns: int,
+        on_done: OnDone,
+        copy_to: Words | None = None,
+    ) -> Cancellable:
+        """Fill targets[i] with the block of placement i and verify it. Returns at once.
+
+        deadline_ns: of time.monotonic_ns; a block that waits longer is not begun. copy_to: addresses
+        where a good block is to lie too, 0 for nowhere. on_done gets rows of the engine as blocks end:
+        POSITION is the placement's, RESULT is 0, one of `slot_header`'s verdicts, LATE, or -errno.
+        """
+        rows = self._load_rows(placements, targets)
+        self._describe(rows, placements, targets, deadline_ns)
+        rows[:, k.CHECKSUM] = placements.checksums
+        if copy_to is not None:
+            rows[:, k.COPY_TO] = copy_to
+        finish = partial(self._loaded, on_done, targets.owner)
+        wrong = placements.lengths != targets.lengths
+        if not wrong.any():
+            return self._running.submit(rows, loads=True, on_done=finish)
+        batch = self._running.submit(rows[~wrong], loads=True, on_done=finish)
+        refused = rows[wrong]
+        refused[:, k.RESULT] = WRONG_LENGTH
+        on_done(refused)
+        return batch
+
+    def start_save(
+        self,
+        placements: Placements,
+        sources: Buffers,
+        deadline_ns: int,
+        on_done: OnDone,
+        checksums: Words | None = None,
+    ) -> Cancellable:
+        """Put sources[i] into the slot of placement i. As `start_load`; rows also have the CHECKSUM.
+
+        checksums: signed words, where they are known already.
+        """
+        rows = self._save_rows(placements, sources)
+        self._describe(rows, placements, sources, deadline_ns)
+        if checksums is not None:
+            rows[:, k.CHECKSUM] = checksums
+            rows[:, k.FLAGS] |= k.KNOWN
+        return self._submit_save(rows, placements, partial(self._saved, on_done, sources.owner), on_done)
+
+    def _submit_save(
+        self, rows: Rows, placements: Placements, finish: OnDone, refuse: OnDone
+    ) -> Cancellable:
+        """refuse: for rows that no engine was asked to move."""
+        return self._running.submit(rows, loads=False, on_done=finish)
+
+    def _describe(self, rows: Rows, placements: Placements, buffers: Buffers, deadline_ns: int) -> None:
+        rows[:, k.ADDRESS] = buffers.addresses
+        rows[:, k.LENGTH] = buffers.lengths
+        rows[:, k.DEADLINE_NS] = deadline_ns
+        rows[:, k.POSITION] = placements.positions
+
+    @abstractmethod
+    def _load_rows(self, placements: Placements, targets: Buffers) -> Rows:
+        """Rows with everything that this tier alone knows."""
+
+    @abstractmethod
+    def _save_rows(self, placements: Placements, sources: Buffers) -> Rows:
+        """Rows with everything that this tier alone knows."""
+
+    @property
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise StoreClosedError("this store was closed; open a new one")
+        return self._engine
+
+    def _loaded(self, on_done: OnDone, owner: object, rows: Rows) -> None:
+        """owner: what keeps the buffers alive until here."""
+        self._account("read", self.reads, rows)
+        on_done(rows)
+
+    def _saved(self, on_done: OnDone, owner: object, rows: Rows) -> None:
+        self._account("write", self.writes, rows)
+        on_done(rows)
+
+    def _account(self, op: str, breaker: Breaker, rows: Rows) -> None:
+        """Metrics and the breaker, for rows that the engine had begun."""
+        results = rows[:, k.RESULT]
+        begun = results != k.LATE
+        breaker.saw((-np.minimum(results[begun], 0)).tolist())
+        good = rows[results == 0]
+        if len(good):
+            seconds = (good[:, k.ENDED_NS] - good[:, k.BEGAN_NS]) / 1e9
+            self.telemetry.observe_all(f"{op}_seconds", seconds, self.name)
+            self.telemetry.count(f"{op}_bytes_total", self.name, by=int(good[:, k.LENGTH].sum()))
+
+    def corrupt(self, verdict: int, placement: Placement) -> BlockCorruptError:
+        """The error for a verdict above 0."""
+        reason = REASONS[verdict]
+        return BlockCorruptError(
+            f"wrong {reason}", reason=reason, tier=self.name, key=placement.key, slot=placement.slot
+        )
+
+    def read(self, placement: Placement, target: memoryview) -> None:
+        """`start_load` of one block, and wait for it. Raises BlockCorruptError, OSError."""
+        targets = Buffers.of([target], writable=True)
+        with _one_row() as (rows, on_done):
+            self.start_load(alone(placement), targets, NEVER_NS, on_done)
+        result = int(rows[0][0, k.RESULT])
+        if result > 0:
+            raise self.corrupt(result, placement)
+        _raise_for(result)
+
+    def write(self, placement: Placement, source: memoryview, checksum: int) -> None:
+        """`start_save` of one block, and wait for it. checksum: XXH3-64 of source. Raises OSError."""
+        sources = Buffers.of([source], writable=False)
+        known = np.array([checksum], dtype=np.uint64).view(np.int64)
+        with _one_row() as (rows, on_done):
+            self.start_save(alone(placement), sources, NEVER_NS, on_done, known)
+        _raise_for(int(rows[0][0, k.RESULT]))
+
+    # The engine
+
+    def _start_engine(self, engine: Engine) -> None:
+        self._engine = engine
+        self.reads.watch_engine(partial(engine.oldest_seconds, loads=True), engine.forgive)
+        self.writes.watch_engine(partial(engine.oldest_seconds, loads=False), engine.forgive)
+
+    def _engine_settings(self, ring: bool, in_flight: int, stores_in_flight: int) -> EngineSettings:
+        store = self._store
+        waiting = store.load_queue_blocks + 2 * store.queue_blocks
+        return EngineSettings(
+            ring=ring,
+            workers=in_flight,
+            store_workers=stores_in_flight,
+            capacity=waiting + store.batch_blocks + in_flight * k.UNIT_BLOCKS,
+        )
+
+    @property
+    def queued(self) -> tuple[int, int]:
+        """Loads and stores that nobody has begun."""
+        return self._engine.queued if self._engine else (0, 0)
+
+    def drain(self, seconds: float) -> bool:
+        """Wait for everything that was started; False if that took longer."""
+        return self.upkeep.drain(seconds) and (self._engine is None or self._engine.drain(seconds))
+
+    def stop(self, seconds: float) -> bool:
+        """Finish what was started and stop the threads. False if one hangs in the medium."""
+        if not self._stopped:
+            ended = self.upkeep.close(seconds)
+            self._stopped = (self._engine is None or self._engine.close(seconds)) and ended
+        return self._stopped
+
+    # What a kind of tier does
+
     @abstractmethod
     def open(self) -> OpenReport:
         """Make the table, from what is on the medium if it keeps anything. Raises TierError, OSError."""
 
     @abstractmethod
-    def read(self, placement: Placement, target: memoryview) -> None:
-        """Fill target with the block and verify its checksum. Raises BlockCorruptError, OSError."""
-
-    @abstractmethod
-    def write(self, placement: Placement, source: memoryview, checksum: int) -> None:
-        """Put source into the slot. checksum: XXH3-64 of source, taken by the store. Raises OSError."""
-
-    @abstractmethod
-    def write_failed(self, placement: Placement) -> None:
-        """A write raised and its placement was aborted: keep its slot from being tried over and over."""
+    def write_failed(self, placements: Placements) -> None:
+        """Writes failed and their placements were aborted: keep the slots from being tried again and
+        again."""
 
     @abstractmethod
     def refresh(self) -> None:
@@ -104,7 +277,7 @@ class LocalTier(ABC):
 
     @abstractmethod
     def close(self, *, clean: bool) -> None:
-        """Release everything. clean: all I/O has ended, so buffers can go and the index can be kept.
+        """Release everything, after `stop`. clean: all I/O has ended, so that the index can be kept.
 
         Otherwise a thread may still be in the medium: only the claim on the medium is given up.
         """
@@ -112,3 +285,22 @@ class LocalTier(ABC):
     @abstractmethod
     def used_bytes_on_medium(self) -> int:
         """Bytes that the tier really occupies, with everything that it writes."""
+
+
+@contextmanager
+def _one_row() -> Iterator[tuple[list[Rows], Callable[[Rows], None]]]:
+    """Where a batch of one leaves its row; the with-block ends when it is there."""
+    rows: list[Rows] = []
+    there = threading.Event()
+
+    def on_done(row: Rows) -> None:
+        rows.append(row)
+        there.set()
+
+    yield rows, on_done
+    there.wait()
+
+
+def _raise_for(result: int) -> None:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))

@@ -8,12 +8,16 @@ there; after the retry time somebody is told to probe, and a good probe closes i
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvstrata.telemetry import Telemetry
+
+LOOKS_PER_DEADLINE = 50
+"""So often does `closed` ask for what hangs, at most."""
 
 
 class Breaker:
@@ -38,6 +42,9 @@ class Breaker:
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
+        self._oldest: Callable[[], float] = lambda: 0.0
+        self._forgive: Callable[[], None] = lambda: None
+        self._look_at = 0.0
         self._running: dict[int, float] = {}
         self._token = 0
         self._failed = 0
@@ -45,14 +52,23 @@ class Breaker:
         self._retry_at = 0.0
         self._probing = False
 
+    def watch_engine(self, oldest: Callable[[], float], forgive: Callable[[], None]) -> None:
+        """oldest: seconds since an engine began what it has been at for longest; forgive: forget those."""
+        self._oldest = oldest
+        self._forgive = forgive
+
     @property
     def closed(self) -> bool:
-        """In service? Cheap: looks at the oldest running operation only."""
+        """In service? Cheap: looks at the oldest running operation only, and not every time."""
         opened = ""
         with self._lock:
-            if not self._open_reason and self._running:
-                oldest = next(iter(self._running.values()))
-                if self._clock() - oldest > self._deadline_seconds:
+            now = self._clock()
+            if not self._open_reason and now >= self._look_at:
+                self._look_at = now + self._deadline_seconds / LOOKS_PER_DEADLINE
+                oldest = self._oldest()
+                if self._running:
+                    oldest = max(oldest, now - next(iter(self._running.values())))
+                if oldest > self._deadline_seconds:
                     opened = f"no answer for {self._deadline_seconds:g} s"
                     self._open(opened)
             closed = not self._open_reason
@@ -109,6 +125,14 @@ class Breaker:
         if opened:
             self._announce(opened)
 
+    def saw(self, errors: Sequence[int]) -> None:
+        """How operations of an engine ended, in their order: 0, or an errno."""
+        if not any(errors):
+            self._failed = 0
+            return
+        for number in errors:
+            self._end(-1, OSError(number, os.strerror(number)) if number else None)
+
     def trip(self, reason: str) -> None:
         """Open at once, for a reason seen from outside."""
         with self._lock:
@@ -142,6 +166,7 @@ class Breaker:
                 self._failed = 0
                 # What still hangs from before says nothing about the medium now.
                 self._running.clear()
+                self._forgive()
             else:
                 self._open(str(error))
         number = error.errno if isinstance(error, OSError) else None

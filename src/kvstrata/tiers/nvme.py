@@ -17,18 +17,19 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import xxhash
 
 from kvstrata.config import NvmeTierConfig, StoreConfig, format_size
-from kvstrata.errors import BlockCorruptError, ConfigError
-from kvstrata.table import BlockTable, Placement, unix_ms
+from kvstrata.errors import ConfigError
+from kvstrata.table import BlockTable, Placements, unix_ms
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import LocalTier, OpenReport
+from kvstrata.tiers.base import LocalTier, OpenReport, Words
 from kvstrata.tiers.nvme_folder import (
     LEFTOVER_GLOBS,
     FolderLock,
@@ -48,16 +49,20 @@ from kvstrata.tiers.nvme_format import (
     PROBE_FILE,
     IndexFile,
     SegmentHeader,
-    SlotHeader,
     index_rows,
     segment_name,
     segment_size,
-    slot_offset,
     slot_stride,
 )
+from kvstrata.tiers.nvme_growth import Batches, Growth
+from kvstrata.tiers.nvme_prepare import STOP_SECONDS, PrepareReport, SegmentPreparer
 from kvstrata.tiers.nvme_restore import PlacedSegment, Restoration
-from kvstrata.transfer.buffers import PAGE, Arena, BufferPool, address_of, round_up
-from kvstrata.transfer.file_io import FileIO, supports_direct
+from kvstrata.transfer import engine_kernels as k
+from kvstrata.transfer.buffers import PAGE, Arena, Buffers, round_up
+from kvstrata.transfer.engine import Engine, OnDone, Rows
+from kvstrata.transfer.file_io import FileIO, is_plain, supports_direct
+from kvstrata.transfer.handle import Cancellable
+from kvstrata.transfer.ring import ring_refused
 from kvstrata.types import BlockLayout, Namespace
 
 log = logging.getLogger(__name__)
@@ -68,6 +73,8 @@ SEGMENT_RESERVE_BYTES = 16 * 1024
 """Extent blocks that a file system may need beside a segment's data."""
 SEGMENTS_WANTED = 8
 """A small capacity is still cut into so many segments, so that one can be given up alone."""
+PREPARE_LEAST_BYTES = 4 * 2**20
+"""A smaller segment is made when it is needed: that takes less than a thread would."""
 
 
 @dataclass(slots=True)
@@ -101,20 +108,22 @@ class NvmeTier(LocalTier):
         self.folder = Path(config.path).expanduser()
         self._config = config
         self._namespace = namespace
-        self._store = store
         self._io = io
         self._payload_bytes = round_up(layout.block_bytes, PAGE)
         self._stride = slot_stride(layout.block_bytes)
         self._segment_slots = self._plan_segment()
         self._segments: list[Segment] = []
+        self._by_fd: dict[int, Segment] = {}
         self._foreign: list[SegmentFile] = []
         self._lock: FolderLock | None = None
         self._direct = config.direct_io
         self._grow_lock = threading.Lock()
         self._grow_retry_at = 0.0
+        self._preparer: SegmentPreparer | None = None
+        self._all_slots = 0
+        self._backed_slots = 0
         self._restore_at = 0.0
-        self._pages = threading.local()
-        self._bounce = BufferPool(self._payload_bytes, store.io_threads)
+        self._look_over()
 
     # Sizes
 
@@ -168,7 +177,19 @@ class NvmeTier(LocalTier):
             raise
         self._lock = lock
         self._table = table
+        self._start_engine(
+            Engine(
+                f"kvstrata-{self.name}",
+                self._engine_settings(*self._choose_engine()),
+                stride=self._stride,
+                payload_bytes=self._payload_bytes,
+                space=self._namespace.digest,
+                file_io=self._io,
+            )
+        )
+        self._preparer = self._make_preparer()
         self._opened = True
+        self._prepare_ahead()
         return OpenReport(
             report.slots,
             report.restored,
@@ -177,8 +198,27 @@ class NvmeTier(LocalTier):
             report.from_index,
         )
 
+    def _choose_engine(self) -> tuple[bool, int, int]:
+        """On io_uring?, units in flight, and how many of them store; what was asked for, where it can be.
+
+        Without O_DIRECT the kernel hands what io_uring is given to threads of its own: ours know more.
+        """
+        store = self._store
+        asked, refused = store.io_engine, ""
+        if not is_plain(self._io):
+            asked = "threads"
+        if asked != "threads":
+            refused = ring_refused() if self._direct else "no O_DIRECT in this folder"
+        if asked == "threads" or refused:
+            if refused:
+                self.telemetry.event("nvme without io_uring", f"{self.folder}: {refused}")
+            return False, store.io_threads, store.io_store_threads
+        return True, store.io_depth, max(1, store.io_depth * store.io_store_threads // store.io_threads)
+
     def _remember_namespace(self) -> None:
         """For people: a full disk is no reason not to serve what lies on it."""
+        if not self._namespace.fields:
+            return
         try:
             remember_namespace(self.folder, self._namespace.digest, self._namespace.fields, self._io)
         except OSError as error:
@@ -218,6 +258,7 @@ class NvmeTier(LocalTier):
         for slots in self._plan_rest(first_slot, len(self._segments)):
             self._segments.append(Segment(first_slot, slots))
             first_slot += slots
+        self._all_slots, self._backed_slots = self._slots, sum(file.header.slots for file in mine)
         table = BlockTable(
             self._slots,
             self._stride,
@@ -232,14 +273,14 @@ class NvmeTier(LocalTier):
             index,
             stride=self._stride,
             payload_bytes=self._payload_bytes,
-            threads=self._store.io_threads,
             dropped=dropped,
         ).entries()
         for segment in placed:
             if segment.file.size < segment.file.full_size:
                 self._io.allocate(segment.fd, segment.file.full_size)
-        restored = table.restore(entries)
-        dropped["no_room"] += len({entry.key for entry in entries}) - restored
+        self._look_over()
+        restored, keys = table.restore(entries)
+        dropped["no_room"] += keys - restored
         (self.folder / INDEX_FILE).unlink(missing_ok=True)
         self._io.sync_folder(self.folder)
         self.telemetry.count("restored_blocks_total", self.name, by=restored)
@@ -269,116 +310,77 @@ class NvmeTier(LocalTier):
 
     # Bytes
 
-    def _locate(self, slot: int) -> tuple[Segment, int]:
-        """The segment of a slot, and the slot's number in it. Segments are few: a bisection by hand."""
-        low, high = 0, len(self._segments) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._segments[middle].first_slot <= slot:
-                low = middle
-            else:
-                high = middle - 1
-        segment = self._segments[low]
-        return segment, slot - segment.first_slot
+    def _look_over(self) -> None:
+        """Columns of what segments are, for whole batches; after every change of a file."""
+        self._firsts = np.array([segment.first_slot for segment in self._segments], dtype=np.int64)
+        ids = [segment.header.segment_id if segment.header else 0 for segment in self._segments]
+        self._ids = np.array(ids, dtype=np.int64)
+        self._by_fd = {segment.fd: segment for segment in self._segments if segment.fd >= 0}
+        # Last: who sees a file here finds everything else about it.
+        self._fds = np.array([segment.fd for segment in self._segments], dtype=np.int64)
 
-    def _page(self) -> memoryview:
-        """This thread's page for slot headers."""
-        arena = getattr(self._pages, "arena", None)
-        if arena is None:
-            arena = self._pages.arena = Arena(PAGE)
-        return arena.view
+    def _places(self, placements: Placements, buffers: Buffers) -> tuple[Rows, Words]:
+        """Rows with file, offset and identity of each slot, and the number of each one's segment."""
+        which = np.searchsorted(self._firsts, placements.slots, "right") - 1
+        numbers = placements.slots - self._firsts[which]
+        rows = np.zeros((len(placements), k.COLUMNS), dtype=np.int64)
+        rows[:, k.FD] = self._fds[which]
+        rows[:, k.SEGMENT] = self._ids[which]
+        rows[:, k.NUMBER] = numbers
+        rows[:, k.OFFSET] = PAGE + numbers * self._stride
+        rows[:, k.KEY : k.KEY + 4] = placements.key_words()
+        if self._direct:
+            odd = (buffers.addresses % PAGE != 0) | (buffers.lengths % PAGE != 0)
+            rows[:, k.FLAGS] = np.where(odd, k.DIRECT | k.BOUNCE, k.DIRECT)
+        return rows, which
 
-    def _fits_direct(self, view: memoryview) -> bool:
-        return not self._direct or (len(view) % PAGE == 0 and address_of(view) % PAGE == 0)
+    def _load_rows(self, placements: Placements, targets: Buffers) -> Rows:
+        rows, _ = self._places(placements, targets)
+        rows[:, k.KIND] = k.READ
+        return rows
 
-    def read(self, placement: Placement, target: memoryview) -> None:
-        if placement.length != len(target):
-            raise self._corrupt("length", placement)
-        segment, number = self._locate(placement.slot)
-        page = self._page()
-        started = time.monotonic()
-        if self._fits_direct(target):
-            self._read_slot(segment, number, page, target)
-            self._check(segment, number, placement, page, target)
-        else:
-            with self._bounce.take() as buffer:
-                self._read_slot(segment, number, page, buffer)
-                self._check(segment, number, placement, page, buffer[: len(target)])
-                target[:] = buffer[: len(target)]
-        self.telemetry.observe("read_seconds", time.monotonic() - started, self.name)
-        self.telemetry.count("read_bytes_total", self.name, by=len(target))
+    def _save_rows(self, placements: Placements, sources: Buffers) -> Rows:
+        rows, _ = self._places(placements, sources)
+        rows[:, k.KIND] = k.WRITE
+        rows[:, k.SEQUENCE] = placements.sequences
+        rows[:, k.CREATED_MS] = unix_ms()
+        rows[:, k.EXPIRES_MS] = placements.expires_ms
+        if self._config.sync == "always":
+            rows[:, k.FLAGS] |= k.SYNC
+        return rows
 
-    def _read_slot(self, segment: Segment, number: int, page: memoryview, payload: memoryview) -> None:
-        with self.reads.watch():
-            read = self._io.read(segment.fd, [page, payload], slot_offset(number, self._stride))
-        if read < PAGE:
-            page[:8] = bytes(8)  # nothing was read: do not judge what this thread read before
-
-    def _check(
-        self,
-        segment: Segment,
-        number: int,
-        placement: Placement,
-        page: memoryview,
-        payload: memoryview,
-    ) -> None:
-        header = SlotHeader.unpack(page)
-        assert segment.header is not None
-        if header is None:
-            raise self._corrupt("header", placement)
-        if header.segment_id != segment.header.segment_id or header.number != number:
-            raise self._corrupt("place", placement)
-        if header.key != placement.key:
-            raise self._corrupt("key", placement)
-        if header.length != len(payload):
-            raise self._corrupt("length", placement)
-        # The table's checksum too: an older copy of the slot is whole in itself, but is not what was saved.
-        if xxhash.xxh3_64_intdigest(payload) != header.checksum or header.checksum != placement.checksum:
-            raise self._corrupt("checksum", placement)
-
-    def _corrupt(self, reason: str, placement: Placement) -> BlockCorruptError:
-        return BlockCorruptError(
-            f"wrong {reason}", reason=reason, tier=self.name, key=placement.key, slot=placement.slot
+    def _submit_save(
+        self, rows: Rows, placements: Placements, finish: OnDone, refuse: OnDone
+    ) -> Cancellable:
+        """What has a file goes to the engine; the rest waits until its segment has one."""
+        lacking = rows[:, k.FD] < 0
+        if not lacking.any():
+            return self._running.submit(rows, loads=False, on_done=finish)
+        batches = (
+            [self._running.submit(rows[~lacking], loads=False, on_done=finish)] if any(~lacking) else []
         )
+        which = np.searchsorted(self._firsts, placements.slots, "right") - 1
+        waiting = []
+        for number in np.unique(which[lacking]).tolist():
+            growth = Growth(
+                partial(self._rows_of, number), rows[which == number], self._running, finish, refuse
+            )
+            waiting.append(growth)
+            self.upkeep.submit(growth.run)
+        return Batches([*batches, *waiting])
 
-    def write(self, placement: Placement, source: memoryview, checksum: int) -> None:
-        started = time.monotonic()
-        segment, number = self._locate(placement.slot)
-        if segment.fd < 0:
-            self._grow(segment)
-        assert segment.header is not None
-        if self._fits_direct(source):
-            self._write_slot(segment, number, placement, source, len(source), checksum)
-        else:
-            with self._bounce.take() as buffer:
-                size = len(source)
-                buffer[:size] = source
-                padded = buffer[: round_up(size, PAGE)] if self._direct else buffer[:size]
-                self._write_slot(segment, number, placement, padded, size, checksum)
-        self.telemetry.observe("write_seconds", time.monotonic() - started, self.name)
-        self.telemetry.count("write_bytes_total", self.name, by=len(source))
+    def _rows_of(self, number: int, rows: Rows) -> None:
+        """Give the segment its file, and the rows that segment. Raises OSError."""
+        if self._fds[number] < 0:
+            self._grow(self._segments[number])
+        rows[:, k.FD] = self._fds[number]
+        rows[:, k.SEGMENT] = self._ids[number]
 
-    def _write_slot(
-        self,
-        segment: Segment,
-        number: int,
-        placement: Placement,
-        payload: memoryview,
-        length: int,
-        checksum: int,
-    ) -> None:
-        assert segment.header is not None
-        page = self._page()
-        SlotHeader(
-            placement.key, self._namespace.digest, segment.header.segment_id, number, length,
-            checksum, placement.sequence, unix_ms(), placement.expires_ms,
-        ).pack_into(page)  # fmt: skip
-        with self.writes.watch():
-            self._io.write(segment.fd, [page, payload], slot_offset(number, self._stride))
-            if self._config.sync == "always":
-                self._io.sync(segment.fd)
+    def _saved(self, on_done: OnDone, owner: object, rows: Rows) -> None:
         # After the write: a flush in between would take the mark away and miss the bytes.
-        segment.dirty = True
+        for fd in np.unique(rows[rows[:, k.RESULT] != k.LATE, k.FD]).tolist():
+            self._by_fd[fd].dirty = True
+        super()._saved(on_done, owner, rows)
 
     # Growing
 
@@ -392,7 +394,11 @@ class NvmeTier(LocalTier):
             try:
                 # A hang shows in the breaker; an error does not: what has a file goes on working.
                 with self.writes.watch(count_errors=False):
-                    self._create(segment)
+                    if self._preparer is not None:
+                        self._preparer.hurry(segment.slots)
+                        self._adopt_prepared()
+                    if segment.fd < 0:
+                        self._create(segment)
             except OSError as error:
                 self._grow_retry_at = time.monotonic() + self._store.breaker_retry_seconds
                 name = errno.errorcode.get(error.errno or 0, "unknown")
@@ -403,14 +409,14 @@ class NvmeTier(LocalTier):
                 raise
 
     def _create(self, segment: Segment) -> None:
-        own = [other.slots for other in self._segments if other.fd >= 0]
+        own = self._taken()
         while self._foreign and not self._room_for([*own, segment.slots]):
             victim = self._foreign[0]
             with contextlib.suppress(FileNotFoundError):
                 self._io.remove(victim.path)
             self._foreign.pop(0)  # only now: while it is on the disk, it counts
             self.telemetry.count("restore_dropped_total", self.name, "foreign_size", by=victim.header.slots)
-        self._measure(segment)
+        self._measure(segment.slots)
         header = SegmentHeader(secrets.randbits(63), self._stride, segment.slots, unix_ms())
         path = self.folder / segment_name(header.segment_id)
         fd = self._io.open(path, create=True, direct=self._direct)
@@ -426,23 +432,35 @@ class NvmeTier(LocalTier):
             with contextlib.suppress(OSError):
                 self._io.remove(path)
             raise
-        segment.header, segment.path, segment.fd = header, path, fd
+        self._attach(segment, header, path, fd)
 
-    def _measure(self, segment: Segment) -> None:
+    def _attach(self, segment: Segment, header: SegmentHeader, path: Path, fd: int) -> None:
+        segment.header, segment.path, segment.fd = header, path, fd
+        self._backed_slots += segment.slots
+        self._look_over()
+
+    def _taken(self) -> list[int]:
+        """Slots of every segment that has a file, or is about to."""
+        held = self._preparer.held if self._preparer is not None else []
+        return [segment.slots for segment in self._segments if segment.fd >= 0] + held
+
+    def _measure(self, slots: int) -> None:
         """Raise ENOSPC if the disk says that the bound would be passed, whatever the plan says.
 
         The plan does not know of a file that could not be removed.
         """
-        wanted = segment_size(segment.slots, self._stride) + SEGMENT_RESERVE_BYTES
+        wanted = segment_size(slots, self._stride) + SEGMENT_RESERVE_BYTES
+        wanted += self._preparer.unseen_bytes if self._preparer is not None else 0
         index = self._index_bytes(self._slots, len(self._segments))
         if bytes_on_disk(self.folder) + wanted + index > self._config.capacity_bytes:
             raise OSError(errno.ENOSPC, "a new segment would pass capacity_bytes; is a file in the way?")
 
-    def write_failed(self, placement: Placement) -> None:
-        segment, _ = self._locate(placement.slot)
-        slots = range(placement.slot, placement.slot + 1)
-        if segment.fd < 0:
-            slots = range(segment.first_slot, segment.first_slot + segment.slots)
+    def write_failed(self, placements: Placements) -> None:
+        slots = set(placements.slots.tolist())
+        for number in np.unique(np.searchsorted(self._firsts, placements.slots, "right") - 1).tolist():
+            segment = self._segments[number]
+            if segment.fd < 0:
+                slots.update(range(segment.first_slot, segment.first_slot + segment.slots))
         self._restore_at = time.monotonic() + self._store.breaker_retry_seconds
         evicted = self.table.withdraw(slots)
         self.telemetry.count("evictions_total", self.name, by=evicted)
@@ -451,6 +469,106 @@ class NvmeTier(LocalTier):
         if self._restore_at and time.monotonic() >= self._restore_at:
             self._restore_at = 0.0
             self.table.restore_withdrawn()
+        self._prepare_ahead()
+
+    # Preparing
+
+    def _make_preparer(self) -> SegmentPreparer:
+        return SegmentPreparer(
+            self._io,
+            self.folder,
+            self._stride,
+            self.telemetry,
+            tier=self.name,
+            direct=self._direct,
+            retry_seconds=self._store.breaker_retry_seconds,
+            grow_lock=self._grow_lock,
+            plan=self._next_to_prepare,
+            adopt=self._adopt_prepared,
+            busy=self._busy,
+        )
+
+    def _busy(self) -> bool:
+        """Does anybody wait for the disk now?"""
+        engine = self._engine
+        return engine is not None and any(engine.oldest_seconds(loads=loads) > 0 for loads in (True, False))
+
+    def _prepare_ahead(self) -> None:
+        if self._preparer is not None and self._wants_more():
+            self._preparer.start()
+
+    def _wants_more(self) -> bool:
+        """Will segments be needed soon? "ahead": when the last one that has a file is half full."""
+        mode, lacking = self._config.prepare, self._all_slots - self._backed_slots
+        # Buffered writes come to the disk later, and those of a small segment are soon done.
+        if mode == "no" or lacking <= 0 or not self._direct:
+            return False
+        if segment_size(self._segment_slots, self._stride) < PREPARE_LEAST_BYTES:
+            return False
+        free = self._backed_slots - self.table.used_bytes // self._stride
+        ahead = (self._config.prepare_segments - 0.5) * self._segment_slots
+        return mode == "all" or (self._backed_slots > 0 and free < ahead)
+
+    def _next_to_prepare(self) -> int | None:
+        """Slots of a planned segment without a file that fits; segments of other sizes stay for it."""
+        if not self.writes.closed or time.monotonic() < self._grow_retry_at or not self._wants_more():
+            return None
+        return self._first_unmade()
+
+    def _first_unmade(self) -> int | None:
+        assert self._preparer is not None
+        held = self._preparer.held
+        for segment in self._segments:
+            if segment.fd >= 0:
+                continue
+            if segment.slots in held:
+                held.remove(segment.slots)
+                continue
+            if not self._room_for([*self._taken(), segment.slots]):
+                return None
+            self._measure(segment.slots)
+            return segment.slots
+        return None
+
+    def _adopt_prepared(self) -> None:
+        """Put what is ready behind planned segments."""
+        assert self._preparer is not None
+        for ready in self._preparer.pop_ready():
+            for segment in self._segments:
+                if segment.fd < 0 and segment.slots == ready.header.slots:
+                    self._attach(segment, ready.header, ready.path, ready.fd)
+                    break
+            else:
+                self._io.close(ready.fd)
+                with contextlib.suppress(OSError):
+                    self._io.remove(ready.path)
+
+    def prepare_all(self, progress: Callable[[int, int], None]) -> PrepareReport:
+        """Make and write through every planned segment that has no file, in this thread.
+
+        progress: bytes written, of how many. Segments of other sizes stay, and what does not fit beside
+        them is left out. Raises OSError; what is prepared until then stays.
+        """
+        assert self._preparer is not None and self._config.prepare == "no", "a thread prepares already"
+        started, own, size = time.monotonic(), self._taken(), 0
+        lacking = [segment.slots for segment in self._segments if segment.fd < 0]
+        fitting: list[int] = []
+        for slots in lacking:
+            if not self._room_for([*own, *fitting, slots]):
+                break
+            fitting.append(slots)
+            size += segment_size(slots, self._stride) - PAGE
+        written = 0
+
+        def more(part: int) -> None:
+            nonlocal written
+            written += part
+            progress(written, size)
+
+        prepared = self._preparer.run_all(self._first_unmade, more)
+        return PrepareReport(
+            len(self._segments), prepared, written, len(lacking) - prepared, time.monotonic() - started
+        )
 
     # Upkeep
 
@@ -459,14 +577,14 @@ class NvmeTier(LocalTier):
         if backed is None:
             list(os.scandir(self.folder))
         else:
-            self._io.read(backed.fd, [self._page()], 0)
+            self._io.read(backed.fd, [Arena(PAGE).view], 0)
 
     def probe_write(self) -> None:
         path = self.folder / PROBE_FILE
         path.unlink(missing_ok=True)
         fd = self._io.open(path, create=True, direct=self._direct)
         try:
-            self._io.write(fd, [self._page()], 0)
+            self._io.write(fd, [Arena(PAGE).view], 0)
             self._io.sync(fd)
         finally:
             self._io.close(fd)
@@ -486,8 +604,11 @@ class NvmeTier(LocalTier):
                     raise
 
     def close(self, *, clean: bool) -> None:
+        clean = clean and self.stop(self._store.close_seconds)
         if clean and self._opened:
             self._opened = False
+            if self._preparer is not None and self._preparer.stop(STOP_SECONDS):
+                self._adopt_prepared()
             try:
                 self.flush()
                 # Without the lock the folder may be another process's by now.
@@ -496,28 +617,31 @@ class NvmeTier(LocalTier):
             except OSError as error:
                 log.warning("kvstrata: %s: the index was not kept: %s", self.folder, error)
             self._close_files()
+        elif self._preparer is not None:
+            self._preparer.stop(0.0)
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def _write_index(self, table: BlockTable) -> None:
         rows: list[tuple[int, int, int, int]] = []
-        row_of: dict[int, int] = {}
-        for segment in self._segments:
+        row_of = np.full(len(self._segments), -1, np.int64)
+        for number, segment in enumerate(self._segments):
             if segment.header is None or segment.path is None:
                 continue
             try:
                 stat = segment.path.stat()
             except FileNotFoundError:
                 continue  # somebody took the file away: its blocks end with this process
-            row_of[segment.first_slot] = len(rows)
+            row_of[number] = len(rows)
             rows.append((segment.header.segment_id, segment.slots, stat.st_size, stat.st_mtime_ns))
-        placed = []
-        for entry in table.entries():
-            segment, number = self._locate(entry.slot)
-            if segment.first_slot in row_of:
-                placed.append((row_of[segment.first_slot], number, entry))
-        index = IndexFile(self._stride, np.array(rows, INDEX_SEGMENT_DTYPE), index_rows(placed))
+        firsts = np.array([segment.first_slot for segment in self._segments], np.int64)
+        entries = table.entries()
+        segments = np.searchsorted(firsts, entries["slot"], "right") - 1
+        here = row_of[segments] >= 0
+        entries, segments = entries[here], segments[here]
+        placed = index_rows(entries, row_of[segments], entries["slot"] - firsts[segments])
+        index = IndexFile(self._stride, np.array(rows, INDEX_SEGMENT_DTYPE), placed)
         self._io.write_file(self.folder / INDEX_FILE, index.pack())
 
     def _close_files(self) -> None:

@@ -11,11 +11,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstrata.errors import ConfigError
 from kvstrata.table import unix_ms
@@ -30,12 +32,10 @@ from kvstrata.tiers.nvme_folder import (
     read_namespaces,
     segment_files,
 )
-from kvstrata.tiers.nvme_format import FORMAT, MARKER_FILE, VERSION, SlotHeader
-from kvstrata.tiers.nvme_scan import SLOTS_PER_TASK, ProgressHook, SlotState, scan_segment
+from kvstrata.tiers.nvme_format import FORMAT, MARKER_FILE, VERSION
+from kvstrata.tiers.nvme_scan import STATES, ProgressHook, SlotState, scan_segments
 from kvstrata.transfer.buffers import PAGE
 from kvstrata.transfer.file_io import FileIO
-
-THREADS = 8
 
 
 @dataclass(slots=True)
@@ -50,12 +50,15 @@ class NamespaceSummary:
     oldest_ms: int = 0
     newest_ms: int = 0
 
-    def add(self, header: SlotHeader, now_ms: int) -> None:
-        self.oldest_ms = min(self.oldest_ms, header.created_ms) if self.blocks else header.created_ms
-        self.newest_ms = max(self.newest_ms, header.created_ms)
-        self.blocks += 1
-        self.payload_bytes += header.length
-        self.expired_blocks += bool(header.expires_ms and header.expires_ms <= now_ms)
+    def add(self, headers: NDArray[Any], now_ms: int) -> None:
+        """headers: of some more of its blocks, at least one, SLOT_HEADER_DTYPE."""
+        created, expires = headers["created_ms"], headers["expires_ms"]
+        oldest = int(created.min())
+        self.oldest_ms = min(self.oldest_ms, oldest) if self.blocks else oldest
+        self.newest_ms = max(self.newest_ms, int(created.max()))
+        self.blocks += len(headers)
+        self.payload_bytes += int(headers["length"].sum())
+        self.expired_blocks += int(np.count_nonzero((expires != 0) & (expires <= now_ms)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +119,11 @@ def summarize_folder(folder: Path, progress: ProgressHook, io: FileIO | None = N
     files = [file for file in found if isinstance(file, SegmentFile)]
     total, done, now = sum(file.header.slots for file in files), 0, unix_ms()
     segments = []
-    with ThreadPoolExecutor(THREADS, "kvstrata-audit") as pool:
-        for file in files:
-            states = _count_slots(io, file, pool, namespaces, now, partial(_report, progress, done, total))
-            done += file.header.slots
-            if states is not None:
-                segments.append(_summarize(file, states))
+    for file in files:
+        states = _count_slots(io, file, namespaces, now, partial(_report, progress, done, total))
+        done += file.header.slots
+        if states is not None:
+            segments.append(_summarize(file, states))
     in_use = in_use or is_locked(folder)
     return FolderSummary(
         format=FORMAT,
@@ -143,7 +145,6 @@ def summarize_folder(folder: Path, progress: ProgressHook, io: FileIO | None = N
 def _count_slots(
     io: FileIO,
     file: SegmentFile,
-    pool: ThreadPoolExecutor,
     namespaces: dict[str, NamespaceSummary],
     now: int,
     progress: Callable[[int], None],
@@ -153,22 +154,19 @@ def _count_slots(
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    states: Counter[SlotState] = Counter()
     try:
         # One page in every slot is wanted: reading ahead would read the payloads too.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        for slot in scan_segment(io, fd, file, pool):
-            states[slot.state] += 1
-            if slot.state is SlotState.USED and slot.header is not None:
-                digest = slot.header.namespace.hex()
-                if digest not in namespaces:
-                    namespaces[digest] = NamespaceSummary(digest, {})
-                namespaces[digest].add(slot.header, now)
-            if slot.number % SLOTS_PER_TASK == 0:
-                progress(slot.number)
+        [scanned] = scan_segments(io, [(fd, file)], progress)
     finally:
         os.close(fd)
-    return states
+    used = scanned.headers[scanned.states == STATES.index(SlotState.USED)]
+    digests = used["namespace"].tolist()
+    for digest in dict.fromkeys(digests):
+        name = digest.hex()
+        mine = used[[other == digest for other in digests]]
+        namespaces.setdefault(name, NamespaceSummary(name, {})).add(mine, now)
+    return scanned.count()
 
 
 def _report(progress: ProgressHook, before: int, total: int, done: int) -> None:

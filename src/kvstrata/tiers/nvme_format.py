@@ -22,9 +22,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kvstrata.table import TableEntry
+from kvstrata.table import ENTRY_DTYPE
 from kvstrata.transfer.buffers import PAGE, round_up
-from kvstrata.types import BlockKey
 
 FORMAT = "kvstrata-nvme"
 VERSION = 1
@@ -47,11 +46,20 @@ _CHECKED_BYTES = _SLOT_HEADER_BYTES - 8
 _CHECKSUM = struct.Struct("<Q")
 _INDEX = struct.Struct("<8sHHIQQ")
 
+ENTRY_FIELDS = ("key", "length", "checksum", "sequence", "expires_ms")
+"""What the table, the index and a slot header all know of a block."""
+
 INDEX_SEGMENT_DTYPE = np.dtype([("id", "<u8"), ("slots", "<u8"), ("size", "<u8"), ("mtime_ns", "<u8")])
 INDEX_ENTRY_DTYPE = np.dtype(
     [("key", "V32"), ("segment", "<u4"), ("slot", "<u4"), ("length", "<u8"), ("checksum", "<u8"),
      ("sequence", "<u8"), ("expires_ms", "<u8")]
 )  # fmt: skip
+SLOT_HEADER_DTYPE = np.dtype(
+    [("magic", "V8"), ("version", "<u2"), ("flags", "<u2"), ("header_bytes", "<u4"), ("key", "V32"),
+     ("namespace", "V32"), ("segment_id", "<u8"), ("number", "<u8"), ("length", "<u8"),
+     ("checksum", "<u8"), ("sequence", "<u8"), ("created_ms", "<u8"), ("expires_ms", "<u8")]
+)  # fmt: skip
+"""The bytes of `SlotHeader` that are not zero, its own checksum left out."""
 
 
 def slot_stride(block_bytes: int) -> int:
@@ -178,20 +186,25 @@ class IndexFile:
         )
 
 
-def index_rows(placed: list[tuple[int, int, TableEntry]]) -> NDArray[Any]:
-    """Rows for IndexFile from (segment's position in the index, slot in the segment, entry)."""
-    return np.array(
-        [
-            (e.key, segment, slot, e.length, e.checksum, e.sequence, e.expires_ms)
-            for segment, slot, e in placed
-        ],
-        dtype=INDEX_ENTRY_DTYPE,
-    )
+def index_rows(entries: NDArray[Any], segments: NDArray[Any], numbers: NDArray[Any]) -> NDArray[Any]:
+    """Rows for IndexFile of entries of `kvstrata.table.ENTRY_DTYPE`.
+
+    segments: per entry, its segment's position in the index. numbers: its slot in that segment.
+    """
+    rows = np.zeros(len(entries), INDEX_ENTRY_DTYPE)
+    rows["segment"], rows["slot"] = segments, numbers
+    for name in ENTRY_FIELDS:
+        rows[name] = entries[name]
+    return rows
 
 
-def index_entries(rows: NDArray[Any]) -> list[tuple[int, int, TableEntry]]:
-    """The inverse of `index_rows`; the entries' slot numbers are those within their segment."""
-    return [
-        (segment, slot, TableEntry(BlockKey(key), slot, length, checksum, sequence, expires))
-        for key, segment, slot, length, checksum, sequence, expires in rows.tolist()
-    ]
+def entries_of(rows: NDArray[Any], slots: NDArray[Any]) -> NDArray[Any]:
+    """Entries of `kvstrata.table.ENTRY_DTYPE` from rows of an index or slot headers.
+
+    slots: of the table, per row.
+    """
+    entries = np.zeros(len(rows), ENTRY_DTYPE)
+    entries["slot"] = slots
+    for name in ENTRY_FIELDS:
+        entries[name] = rows[name]
+    return entries

@@ -21,13 +21,14 @@ import xxhash
 
 from kvstrata.errors import TierUnavailableError
 from kvstrata.table import unix_ms
-from kvstrata.tiers.nvme_audit import THREADS, require_folder
+from kvstrata.tiers.nvme_audit import require_folder
 from kvstrata.tiers.nvme_folder import FolderLock, IndexState, SegmentFile, read_index, segment_files
 from kvstrata.tiers.nvme_format import INDEX_FILE, IndexFile, slot_offset
 from kvstrata.tiers.nvme_scan import ProgressHook, ScannedSlot, SlotState, judge_slot
 from kvstrata.transfer.buffers import PAGE, Arena, BufferPool, round_up
 from kvstrata.transfer.file_io import FileIO
 
+THREADS = 8
 SLOTS_PER_TASK = 16
 
 REASONS = {

@@ -75,6 +75,9 @@ class FileIO:
     def remove(self, path: Path) -> None:
         path.unlink()
 
+    def rename(self, path: Path, to: Path) -> None:
+        path.rename(to)
+
     def write_file(self, path: Path, data: bytes) -> None:
         """Replace a small file at once: whole old or whole new content, also after a crash."""
         temporary = path.with_name(path.name + ".tmp")
@@ -94,6 +97,11 @@ class FileIO:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def is_plain(io: FileIO) -> bool:
+    """Does this layer move bytes as FileIO itself does? Then compiled code may call the system itself."""
+    return all(getattr(type(io), name) is getattr(FileIO, name) for name in ("read", "write", "sync"))
 
 
 def supports_direct(io: FileIO, folder: Path) -> bool:

@@ -11,23 +11,38 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstrata.transfer.plan import Direction
 from kvstrata.types import Outcome
 
+Positions = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
-class Start(Enum):
-    """Answer of `Transfer.begin`."""
+_OUTCOMES = list(Outcome)
+_CODE = {outcome: code for code, outcome in enumerate(_OUTCOMES)}
+_OPEN = -1
+_LATE = _CODE[Outcome.LATE]
 
-    GO = "go"
-    CANCELLED = "cancelled"
+
+class Cancellable(Protocol):
+    """Blocks of a transfer that wait in an engine's queue."""
+
+    def cancel(self) -> Positions:
+        """Take back those that nobody has begun: nobody will touch their buffers."""
+
+    def help(self) -> None:
+        """Take in what is done, if nobody else is at it."""
 
 
 class Transfer:
     """blocks: how many outcomes there will be. deadline_seconds: from now, measured on time.monotonic.
 
-    on_late is called once, outside the lock, with the positions that the deadline cut off.
+    on_late is called once, outside the lock, with the positions that the deadline cut off; on_done with
+    the seconds that it all took.
     """
 
     def __init__(
@@ -40,90 +55,84 @@ class Transfer:
     ) -> None:
         self.direction = direction
         self._changed = threading.Condition()
-        self._outcomes: list[Outcome | None] = [None] * blocks
+        self._codes = np.full(blocks, _OPEN, dtype=np.int8)
+        self._claimed = np.zeros(blocks, dtype=np.bool_)
         self._open = blocks
-        self._running = 0
-        self._claimed: set[int] = set()
+        self._held = 0
         self._started = time.monotonic()
         self._deadline = self._started + deadline_seconds
         self._on_late = on_late
         self._on_done = on_done
         self._announced = False
+        self._batches: list[tuple[Cancellable, Callable[[Positions], None]]] = []
 
-    def begin(self) -> Start:
-        """A worker is about to touch the buffers. CANCELLED: the deadline has passed, do not."""
-        self.poll()
+    @property
+    def deadline_ns(self) -> int:
+        """When it passes, of time.monotonic_ns."""
+        return int(self._deadline * 1e9)
+
+    # What the store does with it
+
+    def hold(self, blocks: int) -> None:
+        """So many buffers are about to be handed to an engine; each is let go by `finish` or `let_go`."""
         with self._changed:
-            if self._open == 0:
-                return Start.CANCELLED
-            self._running += 1
-            return Start.GO
+            self._held += blocks
 
-    def late(self, position: int) -> bool:
-        """Has the deadline cut this block off? Then the caller may have changed its buffer already."""
-        self.poll()
+    def let_go(self, blocks: int) -> None:
+        """Nobody touches so many buffers any more; their outcomes are known already."""
         with self._changed:
-            return self._outcomes[position] is Outcome.LATE
+            self._held -= blocks
+            if not self._open and not self._held:
+                self._batches.clear()
+            self._changed.notify_all()
 
-    def claim(self, position: int) -> bool:
-        """From here on the deadline leaves this block alone: its worker is about to finish it.
+    def attach(self, batch: Cancellable, on_cancel: Callable[[Positions], None]) -> None:
+        """What to take back when the deadline passes; on_cancel hears which blocks were never begun."""
+        with self._changed:
+            self._batches.append((batch, on_cancel))
 
-        False if the verdict was LATE before; the worker then has to undo what it did.
+    def claim(self, positions: Positions) -> Mask:
+        """From here on the deadline leaves these blocks alone: somebody is about to finish them.
+
+        False where the verdict was LATE before: what was done for those has to be undone.
         """
         with self._changed:
-            if self._outcomes[position] is not None:
-                return False
-            self._claimed.add(position)
-            return True
+            mine: Mask = self._codes[positions] == _OPEN
+            self._claimed[positions[mine]] = True
+            return mine
 
-    def unclaim(self, position: int) -> None:
-        """The deadline holds again for this block: what is left to do may hang."""
+    def unclaim(self, positions: Positions) -> None:
+        """The deadline holds again for these blocks: what is left to do may hang."""
         with self._changed:
-            self._claimed.discard(position)
+            self._claimed[positions] = False
 
-    def finish(self, position: int, outcome: Outcome) -> bool:
-        """The worker that began is through with one block; False if the verdict was LATE before."""
+    def finish(self, positions: Positions, outcomes: Sequence[Outcome]) -> Mask:
+        """The engine is through with these blocks; False where the verdict was LATE before."""
+        codes = np.array([_CODE[outcome] for outcome in outcomes], dtype=np.int8)
         with self._changed:
-            self._running -= 1
-            self._claimed.discard(position)
-            stands = self._set(position, outcome)
+            self._held -= len(positions)
+            self._claimed[positions] = False
+            stands = self._set(positions, codes)
+            if not self._open and not self._held:
+                self._batches.clear()  # they hold the caller's buffers
             self._changed.notify_all()
         self._announce()
         return stands
 
-    def settle(self, position: int, outcome: Outcome) -> None:
-        """Give the outcome of a block that no worker has to touch."""
+    def settle(self, positions: Sequence[int] | Positions, outcome: Outcome) -> None:
+        """Give the outcome of blocks that no engine has to touch."""
+        if not len(positions):
+            return
         with self._changed:
-            self._set(position, outcome)
+            self._set(np.asarray(positions, dtype=np.int64), _CODE[outcome])
             self._changed.notify_all()
         self._announce()
 
-    def _set(self, position: int, outcome: Outcome) -> bool:
-        if self._outcomes[position] is not None:
-            return False
-        self._outcomes[position] = outcome
-        self._open -= 1
-        return True
-
-    def poll(self) -> bool:
-        """Is every outcome known? Never blocks; gives the verdict LATE when the deadline has passed."""
-        late: list[int] = []
-        with self._changed:
-            if self._open and time.monotonic() >= self._deadline:
-                late = [
-                    position
-                    for position, outcome in enumerate(self._outcomes)
-                    if outcome is None and position not in self._claimed
-                ]
-                for position in late:
-                    self._set(position, Outcome.LATE)
-                self._changed.notify_all()
-            done = self._open == 0
-        if late:
-            self._on_late(late)
-        if done:
-            self._announce()
-        return done
+    def _set(self, positions: Positions, codes: Any) -> Mask:
+        fresh: Mask = self._codes[positions] == _OPEN
+        self._codes[positions] = np.where(fresh, codes, self._codes[positions])
+        self._open -= int(fresh.sum())
+        return fresh
 
     def _announce(self) -> None:
         with self._changed:
@@ -132,6 +141,34 @@ class Transfer:
             self._announced = True
             seconds = time.monotonic() - self._started
         self._on_done(seconds)
+
+    # What a caller asks
+
+    def poll(self) -> bool:
+        """Is every outcome known? Never blocks; gives the verdict LATE when the deadline has passed."""
+        if self._open:
+            for batch, _ in list(self._batches):
+                batch.help()
+        late: Positions = np.zeros(0, dtype=np.int64)
+        with self._changed:
+            if self._open and time.monotonic() >= self._deadline:
+                late = np.flatnonzero((self._codes == _OPEN) & ~self._claimed)
+                self._set(late, _LATE)
+                self._changed.notify_all()
+            done = self._open == 0
+        if len(late):
+            self._on_late(late.tolist())
+            self._take_back()
+        if done:
+            self._announce()
+        return done
+
+    def _take_back(self) -> None:
+        for batch, on_cancel in list(self._batches):
+            positions = batch.cancel()
+            if len(positions):
+                on_cancel(positions)
+                self.let_go(len(positions))
 
     def wait(self, seconds: float | None = None) -> bool:
         """Block until done, the deadline, or `seconds`; returns whether done."""
@@ -145,9 +182,9 @@ class Transfer:
         """Block until no thread touches the buffers; False if that took longer than `seconds`."""
         until = time.monotonic() + seconds
         with self._changed:
-            while self._running and (left := until - time.monotonic()) > 0:
+            while self._held and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return not self._running
+            return not self._held
 
     @property
     def done(self) -> bool:
@@ -157,16 +194,11 @@ class Transfer:
     def released(self) -> bool:
         """Done, and the caller may do with the buffers what it likes."""
         with self._changed:
-            return self._open == 0 and self._running == 0
+            return self._open == 0 and self._held == 0
 
     @property
     def outcomes(self) -> list[Outcome]:
         """One per block. Only when done."""
         with self._changed:
-            known = [outcome for outcome in self._outcomes if outcome is not None]
-        assert len(known) == len(self._outcomes), "outcomes were read before the transfer was done"
-        return known
-
-    @property
-    def started_monotonic(self) -> float:
-        return self._started
+            assert not self._open, "outcomes were read before the transfer was done"
+            return [_OUTCOMES[code] for code in self._codes.tolist()]

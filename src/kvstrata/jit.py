@@ -41,6 +41,15 @@ def kernel(function: F) -> F:
     return cast(F, numba.njit(cache=True, nogil=True)(function))
 
 
+def holding_gil(function: F) -> F:
+    """A kernel that keeps the GIL, and is never called by a `kernel`.
+
+    Because it calls into the interpreter, or because it takes microseconds: to give the GIL up beside a
+    busy thread costs 5 ms.
+    """
+    return cast(F, numba.njit(cache=True, nogil=False)(function))
+
+
 def inlined(function: F) -> F:
     """A helper that is part of every kernel that calls it."""
     return cast(F, numba.njit(cache=True, nogil=True, inline="always")(function))

@@ -1,0 +1,598 @@
+"""The I/O engine's compiled half: what its threads do, without the GIL.
+
+A block to move is a row of the operations array. Rows wait in two queues, loads and stores. A worker takes
+a unit (one row, or rows that are neighbours in a file), moves its bytes in one or more calls, makes or
+verifies headers and checksums, and puts the rows on the list of what is done. Queues and counters are
+guarded by one mutex that nobody holds for longer than a microsecond or so; bytes move outside it.
+
+Loads come first: no unit of stores is begun while a load waits, big stores pause between their parts while
+loads run, and for a while after a load stores keep to one part in flight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from kvstrata.jit import holding_gil, kernel
+from kvstrata.transfer.native import (
+    call_hook,
+    condition_broadcast,
+    condition_signal,
+    condition_wait,
+    fdatasync,
+    fill_bytes,
+    last_error,
+    memcpy,
+    monotonic_ns,
+    mutex_lock,
+    mutex_unlock,
+    preadv,
+    pwritev,
+    sleep_microseconds,
+    store_i64,
+    write_bytes,
+)
+from kvstrata.transfer.slot_header import GOOD, WRONG_CHECKSUM, judge_header, make_header
+from kvstrata.transfer.xxh3 import copy_xxh3_64, xxh3_64
+
+PAGE = 4096
+EINTR, EIO, EAGAIN = 4, 5, 11
+
+# Columns of an operation
+(
+    KIND, FD, OFFSET, ADDRESS, LENGTH, COPY_TO, CHECKSUM, NUMBER, SEGMENT, SEQUENCE, CREATED_MS, EXPIRES_MS,
+    KEY, KEY_1, KEY_2, KEY_3, FLAGS, DEADLINE_NS, GROUP, STATE, RESULT, BEGAN_NS, ENDED_NS, POSITION,
+    COLUMNS,
+) = range(25)  # fmt: skip
+
+READ, WRITE, FETCH, KEEP = range(4)
+"""Slot of a file to buffer, buffer to slot; memory to buffer (OFFSET: address), buffer to memory."""
+
+BOUNCE, KNOWN, VERIFY, SYNC, DIRECT = 1, 2, 4, 8, 16
+"""Through an aligned buffer; CHECKSUM is given; verify a FETCH; sync after the write; whole pages."""
+
+FREE, QUEUED, RUNNING, DONE = range(4)
+LATE = 100
+"""RESULT of a row whose deadline passed in the queue: nothing touched its buffer."""
+
+# Words of `control`
+(
+    LOAD_HEAD, LOAD_TAIL, STORE_HEAD, STORE_TAIL, LOADS_RUNNING, STORES_RUNNING, CLOSING, DONE_COUNT,
+    UNREAPED_BYTES, SIGNALLED, LOAD_LIMIT, STORE_LIMIT, LAST_LOAD_NS, SLEEPING, RING_WAITS, READ_CALLS,
+    WRITE_CALLS, MERGED, EPOCH_NS, EPOCH_BYTES, EPOCH_FULL, CONTROL_WORDS,
+) = range(22)  # fmt: skip
+
+# Words of `setup`
+(
+    MUTEX, WORK, STRIDE, MERGE_BYTES, PART_BYTES, POLITE_BYTES, POLITE_NS, PRIORITY, HOOK, DONE_FD, WAKE_FD,
+    SIGNAL_BYTES, ONE, ONE_ADDRESS, SPACE, SPACE_1, SPACE_2, SPACE_3, SETUP_WORDS,
+) = range(19)  # fmt: skip
+
+# Words of a worker's `desk`
+(
+    DESK_BEGAN, DESK_DIRECTION, DESK_COUNT, DESK_TOTAL, DESK_DONE, DESK_ERROR, DESK_PAGES, DESK_BOUNCE,
+    DESK_VECTORS, DESK_PART, DESK_CLOCK, DESK_VECTOR_COUNT, DESK_PART_BYTES, DESK_WORDS,
+) = range(14)  # fmt: skip
+
+NO_DIRECTION, LOADING, STORING = range(3)
+UNIT_BLOCKS = 64
+"""Blocks of a unit at most; each takes two of the vectors of a call."""
+HOOK_READ, HOOK_WRITE, HOOK_SYNC = range(3)
+PAUSE_MICROSECONDS = 100
+PAUSES = 50
+"""A store waits so often between two parts for loads to end, then goes on: loads must not starve it."""
+
+Words = NDArray[Any]
+
+
+class Shared(NamedTuple):
+    """Everything that workers share. A row of desks, units, vectors and parts belongs to one worker."""
+
+    operations: Words  # (capacity, COLUMNS) int64
+    loads: Words  # (capacity,) int32, a ring of waiting rows
+    stores: Words
+    done: Words  # (capacity,) int32
+    groups: Words  # (capacity,) int64: rows of each group that are not done
+    control: Words
+    setup: Words
+    desks: Words  # (workers, DESK_WORDS) int64
+    units: Words  # (workers, UNIT_BLOCKS) int32
+    vectors: Words  # (workers, 2 * UNIT_BLOCKS, 2) int64
+    parts: Words
+
+
+@kernel
+def lock(s: Shared) -> Any:
+    mutex_lock(s.setup[MUTEX])
+
+
+@kernel
+def unlock(s: Shared) -> Any:
+    mutex_unlock(s.setup[MUTEX])
+
+
+# Under the mutex
+
+
+@kernel
+def _wake_one(s: Shared) -> Any:
+    if s.control[SLEEPING] > 0:
+        condition_signal(s.setup[WORK])
+
+
+@kernel
+def _knock(s: Shared) -> Any:
+    """Wake the worker that waits in a ring."""
+    if s.control[RING_WAITS]:
+        s.control[RING_WAITS] = 0
+        write_bytes(s.setup[WAKE_FD], s.setup[ONE_ADDRESS], 8)
+
+
+@kernel
+def _finish_row(s: Shared, row: int) -> Any:
+    """Put a row on the list of what is done. True if somebody should be told."""
+    control = s.control
+    op = s.operations[row]
+    op[STATE] = DONE
+    s.done[control[DONE_COUNT]] = row
+    control[DONE_COUNT] += 1
+    control[UNREAPED_BYTES] += op[LENGTH]
+    s.groups[op[GROUP]] -= 1
+    wanted = s.groups[op[GROUP]] == 0 or control[UNREAPED_BYTES] >= s.setup[SIGNAL_BYTES]
+    if wanted and control[SIGNALLED] == 0:
+        control[SIGNALLED] = 1
+        return True
+    return False
+
+
+@kernel
+def tell(s: Shared) -> Any:
+    """Wake the thread that reaps. Not under the mutex."""
+    write_bytes(s.setup[DONE_FD], s.setup[ONE_ADDRESS], 8)
+
+
+@kernel
+def _take_from(
+    s: Shared, desk_number: int, head: int, tail: int, queue: Words, now: int, limit_bytes: int
+) -> Any:
+    """Take a unit from one queue: its rows go to the desk. Returns whether the reaper should be told."""
+    control, operations, unit = s.control, s.operations, s.units[desk_number]
+    desk = s.desks[desk_number]
+    capacity = len(queue)
+    count = 0
+    taken = 0
+    heard = False
+    while control[head] != control[tail]:
+        row = queue[control[head] % capacity]
+        op = operations[row]
+        if now > op[DEADLINE_NS]:
+            control[head] += 1
+            op[RESULT] = LATE
+            op[BEGAN_NS] = now
+            op[ENDED_NS] = now
+            heard |= _finish_row(s, row)
+            continue
+        if count:
+            last = operations[unit[count - 1]]
+            if (
+                op[KIND] > WRITE
+                or op[FD] != last[FD]
+                or op[OFFSET] != last[OFFSET] + s.setup[STRIDE]
+                or op[LENGTH] + PAGE != s.setup[STRIDE]
+                or last[LENGTH] + PAGE != s.setup[STRIDE]
+                or (op[FLAGS] | last[FLAGS]) & BOUNCE
+                or taken + op[LENGTH] > limit_bytes
+                or count == UNIT_BLOCKS
+            ):
+                break
+            control[MERGED] += 1
+        control[head] += 1
+        op[STATE] = RUNNING
+        op[BEGAN_NS] = now
+        unit[count] = row
+        count += 1
+        taken += op[LENGTH]
+        if taken >= limit_bytes:
+            break
+    desk[DESK_COUNT] = count
+    desk[DESK_BEGAN] = now
+    return heard
+
+
+@kernel
+def take(s: Shared, desk_number: int, now: int) -> Any:
+    """The next unit for this desk, loads first. DESK_DIRECTION says what it is, if anything."""
+    control, setup, desk = s.control, s.setup, s.desks[desk_number]
+    desk[DESK_DIRECTION] = NO_DIRECTION
+    desk[DESK_COUNT] = 0
+    heard = False
+    if control[LOAD_HEAD] != control[LOAD_TAIL] and control[LOADS_RUNNING] < control[LOAD_LIMIT]:
+        heard |= _take_from(s, desk_number, LOAD_HEAD, LOAD_TAIL, s.loads, now, setup[MERGE_BYTES])
+        if desk[DESK_COUNT]:
+            desk[DESK_DIRECTION] = LOADING
+            control[LOADS_RUNNING] += 1
+            control[LAST_LOAD_NS] = now
+            return heard
+    if control[STORE_HEAD] == control[STORE_TAIL]:
+        return heard
+    limit = control[STORE_LIMIT]
+    if setup[PRIORITY] and (control[LOADS_RUNNING] or now - control[LAST_LOAD_NS] < setup[POLITE_NS]):
+        limit = 1
+    if control[STORES_RUNNING] < limit:
+        heard |= _take_from(s, desk_number, STORE_HEAD, STORE_TAIL, s.stores, now, setup[MERGE_BYTES])
+        if desk[DESK_COUNT]:
+            desk[DESK_DIRECTION] = STORING
+            control[STORES_RUNNING] += 1
+    return heard
+
+
+@kernel
+def put_back(s: Shared, desk_number: int, now: int) -> Any:
+    """A unit is over: its rows are done. Returns whether the reaper should be told."""
+    control, operations, desk = s.control, s.operations, s.desks[desk_number]
+    heard = False
+    for place in range(desk[DESK_COUNT]):
+        row = s.units[desk_number, place]
+        operations[row, ENDED_NS] = now
+        heard |= _finish_row(s, row)
+    if desk[DESK_DIRECTION] == LOADING:
+        control[LOADS_RUNNING] -= 1
+        control[LAST_LOAD_NS] = now
+    else:
+        control[STORES_RUNNING] -= 1
+    desk[DESK_DIRECTION] = NO_DIRECTION
+    desk[DESK_COUNT] = 0
+    # Somebody may have waited for the place in flight that this unit had.
+    if control[LOAD_HEAD] != control[LOAD_TAIL] or control[STORE_HEAD] != control[STORE_TAIL]:
+        _wake_one(s)
+    return heard
+
+
+# Outside the mutex
+
+
+@kernel
+def prepare(s: Shared, desk_number: int) -> Any:
+    """Checksums, headers and vectors of the unit on a desk of a file's worker."""
+    desk, setup = s.desks[desk_number], s.setup
+    vectors = s.vectors[desk_number]
+    count = desk[DESK_COUNT]
+    total = 0
+    for place in range(count):
+        op = s.operations[s.units[desk_number, place]]
+        page = desk[DESK_PAGES] + place * PAGE
+        payload, length = op[ADDRESS], op[LENGTH]
+        moved = length
+        if op[FLAGS] & DIRECT:
+            moved = (length + PAGE - 1) // PAGE * PAGE
+        if op[FLAGS] & BOUNCE:
+            payload = desk[DESK_BOUNCE]
+        if op[KIND] == WRITE:
+            if op[FLAGS] & BOUNCE:
+                digest = copy_xxh3_64(payload, op[ADDRESS], length)
+                fill_bytes(payload + length, 0, moved - length)
+            elif not op[FLAGS] & KNOWN:
+                digest = xxh3_64(payload, length)
+            else:
+                digest = op[CHECKSUM]
+            if not op[FLAGS] & KNOWN:
+                op[CHECKSUM] = digest
+            make_header(
+                page, op[KEY], op[KEY_1], op[KEY_2], op[KEY_3], setup[SPACE : SPACE + 4], op[SEGMENT],
+                op[NUMBER], length, op[CHECKSUM], op[SEQUENCE], op[CREATED_MS], op[EXPIRES_MS],
+            )  # fmt: skip
+        else:
+            # A read that ends early must not leave another block's header to be judged.
+            store_i64(page, 0)
+        vectors[2 * place, 0] = page
+        vectors[2 * place, 1] = PAGE
+        vectors[2 * place + 1, 0] = payload
+        vectors[2 * place + 1, 1] = moved
+        total += PAGE + moved
+    desk[DESK_VECTOR_COUNT] = 2 * count
+    desk[DESK_TOTAL] = total
+    desk[DESK_DONE] = 0
+    desk[DESK_ERROR] = 0
+
+
+@kernel
+def next_part(s: Shared, desk_number: int, limit_bytes: int) -> Any:
+    """Vectors of what is left of the unit, `limit_bytes` at most. Returns how many there are."""
+    desk, vectors, part = s.desks[desk_number], s.vectors[desk_number], s.parts[desk_number]
+    skip = desk[DESK_DONE]
+    left = limit_bytes
+    count = 0
+    for place in range(desk[DESK_VECTOR_COUNT]):
+        size = vectors[place, 1]
+        if skip >= size:
+            skip -= size
+            continue
+        if left == 0:
+            break
+        piece = min(size - skip, left)
+        part[count, 0] = vectors[place, 0] + skip
+        part[count, 1] = piece
+        skip = 0
+        left -= piece
+        count += 1
+    desk[DESK_PART_BYTES] = limit_bytes - left
+    return count
+
+
+@kernel
+def take_in(desk: Words, moved: int, writing: bool) -> Any:
+    """What a call answered, bytes or -errno. Returns whether something is left to do."""
+    if moved == -EINTR or moved == -EAGAIN:
+        return True
+    if moved < 0:
+        desk[DESK_ERROR] = moved
+        return False
+    desk[DESK_DONE] += moved
+    if moved == 0:
+        # The end of the file: a write must not stop there, a read shows it in header or checksum.
+        if writing:
+            desk[DESK_ERROR] = -EIO
+        return False
+    return desk[DESK_DONE] < desk[DESK_TOTAL]
+
+
+@kernel
+def _judge(s: Shared, desk_number: int) -> Any:
+    """Verify what a unit has read, and copy where it is to go."""
+    desk = s.desks[desk_number]
+    for place in range(desk[DESK_COUNT]):
+        op = s.operations[s.units[desk_number, place]]
+        length = op[LENGTH]
+        verdict = judge_header(
+            desk[DESK_PAGES] + place * PAGE, op[KEY], op[KEY_1], op[KEY_2], op[KEY_3], op[SEGMENT],
+            op[NUMBER], length, op[CHECKSUM],
+        )  # fmt: skip
+        if verdict == GOOD:
+            if op[FLAGS] & BOUNCE:
+                digest = copy_xxh3_64(op[ADDRESS], desk[DESK_BOUNCE], length)
+                if op[COPY_TO]:
+                    memcpy(op[COPY_TO], desk[DESK_BOUNCE], length)
+            elif op[COPY_TO]:
+                digest = copy_xxh3_64(op[COPY_TO], op[ADDRESS], length)
+            else:
+                digest = xxh3_64(op[ADDRESS], length)
+            if digest != op[CHECKSUM]:
+                verdict = WRONG_CHECKSUM
+        op[RESULT] = verdict
+
+
+@kernel
+def end_unit(s: Shared, desk_number: int) -> Any:
+    """Results of a unit whose bytes have moved. False if it failed as a whole and must go row by row."""
+    desk = s.desks[desk_number]
+    if desk[DESK_ERROR]:
+        if desk[DESK_COUNT] > 1:
+            return False
+        s.operations[s.units[desk_number, 0], RESULT] = desk[DESK_ERROR]
+        return True
+    if desk[DESK_DIRECTION] == LOADING:
+        _judge(s, desk_number)
+    else:
+        for place in range(desk[DESK_COUNT]):
+            s.operations[s.units[desk_number, place], RESULT] = GOOD
+    return True
+
+
+@kernel
+def _call(s: Shared, desk_number: int, count: int) -> Any:
+    """Move one part: bytes moved, or -errno."""
+    desk = s.desks[desk_number]
+    op = s.operations[s.units[desk_number, 0]]
+    offset = op[OFFSET] + desk[DESK_DONE]
+    writing = desk[DESK_DIRECTION] == STORING
+    if s.setup[HOOK]:
+        which = HOOK_WRITE if writing else HOOK_READ
+        return call_hook(s.setup[HOOK], which, op[FD], desk[DESK_PART], count, offset)
+    if writing:
+        moved = pwritev(op[FD], desk[DESK_PART], count, offset)
+    else:
+        moved = preadv(op[FD], desk[DESK_PART], count, offset)
+    return moved if moved >= 0 else -last_error()
+
+
+@kernel
+def _sync(s: Shared, op: Words) -> Any:
+    """0, or -errno."""
+    if s.setup[HOOK]:
+        return call_hook(s.setup[HOOK], HOOK_SYNC, op[FD], 0, 0, 0)
+    return -last_error() if fdatasync(op[FD]) else 0
+
+
+@kernel
+def _let_loads_pass(s: Shared) -> Any:
+    """Between two parts of a store: wait a little while loads wait or run."""
+    for _ in range(PAUSES):
+        lock(s)
+        control = s.control
+        busy = control[LOADS_RUNNING] > 0 or control[LOAD_HEAD] != control[LOAD_TAIL]
+        unlock(s)
+        if not busy:
+            return
+        sleep_microseconds(PAUSE_MICROSECONDS)
+
+
+@kernel
+def part_bytes(s: Shared, storing: bool) -> Any:
+    """How much to move in one call: less while stores have to be polite."""
+    if not storing or not s.setup[PRIORITY]:
+        return s.setup[PART_BYTES]
+    clock = s.desks[0, DESK_CLOCK] + 16
+    lock(s)
+    recent = monotonic_ns(clock) - s.control[LAST_LOAD_NS] < s.setup[POLITE_NS]
+    unlock(s)
+    return s.setup[POLITE_BYTES] if recent else s.setup[PART_BYTES]
+
+
+@kernel
+def _move_file_unit(s: Shared, desk_number: int) -> Any:
+    """The unit on the desk, by calls that wait."""
+    desk = s.desks[desk_number]
+    storing = desk[DESK_DIRECTION] == STORING
+    prepare(s, desk_number)
+    going = True
+    while going:
+        count = next_part(s, desk_number, part_bytes(s, storing))
+        going = take_in(desk, _call(s, desk_number, count), storing)
+        if going and storing and s.setup[PRIORITY]:
+            _let_loads_pass(s)
+    op = s.operations[s.units[desk_number, 0]]
+    if storing and op[FLAGS] & SYNC and not desk[DESK_ERROR]:
+        desk[DESK_ERROR] = _sync(s, op)
+
+
+@kernel
+def move_one_by_one(s: Shared, desk_number: int) -> Any:
+    """A merged unit failed: find out which of its rows is to blame."""
+    desk, unit = s.desks[desk_number], s.units[desk_number]
+    count = desk[DESK_COUNT]
+    desk[DESK_COUNT] = 1
+    for place in range(count):
+        unit[0], unit[place] = unit[place], unit[0]
+        _move_file_unit(s, desk_number)
+        end_unit(s, desk_number)
+    desk[DESK_COUNT] = count
+
+
+@kernel
+def _move_memory_unit(s: Shared, desk_number: int) -> Any:
+    op = s.operations[s.units[desk_number, 0]]
+    op[RESULT] = GOOD
+    if op[KIND] == KEEP:
+        digest = copy_xxh3_64(op[OFFSET], op[ADDRESS], op[LENGTH])
+        if not op[FLAGS] & KNOWN:
+            op[CHECKSUM] = digest
+    elif op[FLAGS] & VERIFY:
+        if copy_xxh3_64(op[ADDRESS], op[OFFSET], op[LENGTH]) != op[CHECKSUM]:
+            op[RESULT] = WRONG_CHECKSUM
+    else:
+        memcpy(op[ADDRESS], op[OFFSET], op[LENGTH])
+
+
+@kernel
+def work(s: Shared, desk_number: int) -> Any:
+    """A worker's life: until the engine closes and nothing is queued."""
+    desk, control, setup = s.desks[desk_number], s.control, s.setup
+    lock(s)
+    while True:
+        now = monotonic_ns(desk[DESK_CLOCK])
+        heard = take(s, desk_number, now)
+        if desk[DESK_DIRECTION] == NO_DIRECTION:
+            if heard:
+                unlock(s)
+                tell(s)
+                lock(s)
+                continue
+            if control[CLOSING] and control[STORE_HEAD] == control[STORE_TAIL]:
+                condition_broadcast(setup[WORK])
+                unlock(s)
+                return
+            control[SLEEPING] += 1
+            condition_wait(setup[WORK], setup[MUTEX])
+            control[SLEEPING] -= 1
+            continue
+        unlock(s)
+        if heard:
+            tell(s)
+        if s.operations[s.units[desk_number, 0], KIND] > WRITE:
+            _move_memory_unit(s, desk_number)
+        else:
+            _move_file_unit(s, desk_number)
+            if not end_unit(s, desk_number):
+                move_one_by_one(s, desk_number)
+        now = monotonic_ns(desk[DESK_CLOCK])
+        lock(s)
+        heard = put_back(s, desk_number, now)
+        if heard:
+            unlock(s)
+            tell(s)
+            lock(s)
+
+
+# Called by Python, with the GIL
+
+
+@holding_gil
+def enqueue(s: Shared, rows: Words, loads: bool, group: int) -> Any:
+    """Rows that are filled go to a queue, in order."""
+    control = s.control
+    lock(s)
+    queue = s.loads if loads else s.stores
+    tail = LOAD_TAIL if loads else STORE_TAIL
+    capacity = len(queue)
+    s.groups[group] += len(rows)
+    for row in rows:
+        s.operations[row, STATE] = QUEUED
+        s.operations[row, GROUP] = group
+        queue[control[tail] % capacity] = row
+        control[tail] += 1
+    for _ in range(min(len(rows), control[SLEEPING])):
+        condition_signal(s.setup[WORK])
+    _knock(s)
+    unlock(s)
+
+
+@holding_gil
+def reap(s: Shared, rows: Words) -> Any:
+    """Move the list of what is done to `rows`; returns how many there are."""
+    control = s.control
+    lock(s)
+    count = control[DONE_COUNT]
+    rows[:count] = s.done[:count]
+    control[DONE_COUNT] = 0
+    control[UNREAPED_BYTES] = 0
+    control[SIGNALLED] = 0
+    unlock(s)
+    return count
+
+
+@holding_gil
+def cancel(s: Shared, rows: Words, taken: Words) -> Any:
+    """Take waiting rows out of the queues; taken[i]: rows[i] was still waiting, and is free now."""
+    operations = s.operations
+    found = 0
+    lock(s)
+    for place, row in enumerate(rows):
+        taken[place] = operations[row, STATE] == QUEUED
+        if taken[place]:
+            operations[row, STATE] = FREE
+            s.groups[operations[row, GROUP]] -= 1
+            found += 1
+    if found:
+        _close_gaps(s, LOAD_HEAD, LOAD_TAIL, s.loads)
+        _close_gaps(s, STORE_HEAD, STORE_TAIL, s.stores)
+    unlock(s)
+    return found
+
+
+@kernel
+def _close_gaps(s: Shared, head: int, tail: int, queue: Words) -> Any:
+    control = s.control
+    capacity = len(queue)
+    to = control[head]
+    for place in range(control[head], control[tail]):
+        row = queue[place % capacity]
+        if s.operations[row, STATE] == QUEUED:
+            queue[to % capacity] = row
+            to += 1
+    control[tail] = to
+
+
+@holding_gil
+def shut(s: Shared, drop: bool) -> Any:
+    """No more work will come. drop: what waits is forgotten too."""
+    control = s.control
+    lock(s)
+    control[CLOSING] = 1
+    if drop:
+        control[LOAD_HEAD] = control[LOAD_TAIL]
+        control[STORE_HEAD] = control[STORE_TAIL]
+    condition_broadcast(s.setup[WORK])
+    _knock(s)
+    unlock(s)
