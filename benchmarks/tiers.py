@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import re
 import shutil
 import signal
@@ -46,7 +47,18 @@ from kvstrata.transfer.buffers import Arena
 from peers import fio as fio_peer
 from peers.base import PeerError, Shape
 from peers.fio import Fio, Speed
-from peers.registry import COPY, MEMORY_VARIANTS, NO_PRIORITY, OURS, UNHURRIED, VARIANTS, Variant
+from peers.registry import (
+    COPY,
+    FIO,
+    FIO_BUSY,
+    FIO_SMALL,
+    MEMORY_VARIANTS,
+    NO_PRIORITY,
+    OURS,
+    UNHURRIED,
+    VARIANTS,
+    Variant,
+)
 from peers.worker import Worker
 from tiers_claims import claims
 
@@ -62,7 +74,6 @@ MOST_BLOCKS = 2048
 METADATA_BYTES, METADATA_BLOCKS = MIB, 32
 MOVES = ("write", "read", "scattered", "mixed")
 CELLS = (*MOVES, "busy", "latency", "metadata", "memory", "overhead", "ram")
-FIO, FIO_SMALL, FIO_BUSY = "fio", "fio, 4 KiB pages", "fio beside a spinning process"
 SPIN = "while True: pass"
 METADATA_CALLS = re.compile(
     r"(open|close|creat|rename|unlink|link|mkdir|rmdir|stat|access|truncate|fallocate|chmod|chown|getdents|"
@@ -643,13 +654,18 @@ def arguments() -> argparse.Namespace:
     found.add_argument("--ram", type=Path, default=Path("/dev/shm"), help="a folder in RAM")
     found.add_argument("--quick", action="store_true", help="about a minute: fewer sizes, cells and rounds")
     found.add_argument("--cells", default="", help=f"of {', '.join(CELLS)}; default: all")
-    found.add_argument("--peers", default="", help="parts of names, as in 'nixl,raw_block', or none; default: all")
+    found.add_argument(
+        "--peers", default="", help="parts of names, as in 'nixl,raw_block', or none; default: all"
+    )
     found.add_argument("--sizes", default="", help="block sizes, as in '128KiB,4MiB'")
     found.add_argument("--rounds", type=int, default=0, help="timed rounds of a cell")
     found.add_argument("--mib", type=int, default=0, help="bytes of one run, in MiB")
     found.add_argument("--depth", type=int, default=8, help="operations in flight, for fio and for peers")
+    found.add_argument(
+        "--io-engine", default="auto", choices=("auto", "io_uring", "threads"), help="of ours"
+    )
     found.add_argument("--minutes", type=float, default=25.0, help="start no cell after that long")
-    found.add_argument("--picture", type=Path, help="write the picture here as well, .svg or .png")
+    found.add_argument("--picture", type=Path, help="write pictures too: NAME.svg or .png, and NAME-ram")
     options = found.parse_args()
     quick = options.quick
     words = [word.strip().lower() for word in options.peers.split(",") if word.strip()]
@@ -682,7 +698,7 @@ def arguments() -> argparse.Namespace:
     options.busy_rounds = min(options.rounds, 3)
     options.latency_rounds = 1 if quick else 3
     options.loads = 60 if quick else 200
-    options.latency_seconds = 1.0 if quick else 2.5
+    options.latency_seconds = 1.0 if quick else 1.5
     options.fio_seconds = 0.25 if quick else 0.5
     return options
 
@@ -698,6 +714,9 @@ def measure(session: Session, result: dict[str, Any]) -> None:
     variants = {name: VARIANTS[name] for name in options.peers}
     if "latency" in options.cells:
         variants[NO_PRIORITY] = UNHURRIED
+    for name in {OURS, NO_PRIORITY} & variants.keys():
+        chosen = variants[name].options | {"io_engine": options.io_engine}
+        variants[name] = dataclasses.replace(variants[name], options=chosen)
     with ExitStack() as undo:
         workers = session.start(variants, forms, undo)
         if set(options.cells) & {*MOVES, "busy"}:
@@ -747,6 +766,7 @@ def main() -> None:
         "machine": machine(sorted(packages)),
         "run_bytes": options.mib * MIB,
         "depth": options.depth,
+        "io_engine": options.io_engine,
         "rounds": options.rounds,
         "series": [],
         "latency": [],

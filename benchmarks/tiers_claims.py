@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvstrata.config import KIB, MIB, format_size
-from peers.registry import COPY, NO_PRIORITY, OURS
+from peers.registry import COPY, FIO, NO_PRIORITY, OURS
 
-FIO = "fio"
 NO_PEERS = (OURS, NO_PRIORITY, COPY)
 FILES = "files "
 NOISE = 0.97

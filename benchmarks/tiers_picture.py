@@ -1,7 +1,8 @@
-"""The picture of `tiers.py`: the speed of every side as a share of fio's, ours on top.
+"""The pictures of `tiers.py`: the speed of every side as a share of fio's, ours on top.
 
-A panel per cell, a row per side, a mark per block size, small blocks above large ones. Draws again from
-the figures without measuring: `python benchmarks/tiers_picture.py FIGURES.json PICTURE.svg`.
+One picture of the disk, and one of the folder in RAM beside it (NAME-ram). A panel per cell, a row per
+side, a mark per block size, small blocks above large ones. Draws again from the figures without measuring:
+`python benchmarks/tiers_picture.py FIGURES.json PICTURE.svg`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from kvstrata.config import format_size
 from kvstrata.sim.report.look import GRID, INK, QUIET, look
-from peers.registry import OURS
+from peers.registry import FIO_SMALL, OURS, VARIANTS
 
 MOVES = (
     ("write", "nothing", "write until durable"),
@@ -34,21 +35,26 @@ REACH = 0.32
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture, .svg or .png. Nothing is drawn where fio's figures are missing."""
-    panels = [(where, *move) for where in ("disk", "ram") for move in MOVES if _rows(result, where, move)]
-    if not panels:
-        return
+    """Write the pictures, .svg or .png. Nothing is drawn where fio's figures are missing."""
+    for where, name in (("disk", path), ("ram", path.with_stem(f"{path.stem}-ram"))):
+        rows = [row for row in result["series"] if row["where"] == where and row.get("speed_to_fio")]
+        if rows:
+            _draw(rows, where, name)
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], where: str, path: Path) -> None:
+    panels = [move for move in MOVES if _of(rows, move)]
     with look():
         import matplotlib as mpl  # noqa: PLC0415 (an extra)
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
 
         mpl.rcParams["svg.hashsalt"] = "kvstrata"
-        sides = _sides(result)
-        sizes = sorted({row["block_bytes"] for row in result["series"] if row.get("speed_to_fio")})
-        columns = min(COLUMNS, len(panels))
+        sides = _sides(rows)
+        sizes = sorted({row["block_bytes"] for row in rows})
+        columns = min(len(panels), 2 if len(panels) == 4 else COLUMNS)
         lines = -(-len(panels) // columns)
-        height = 0.9 + lines * (0.75 + 0.33 * len(sides))
+        height = 0.9 + lines * (0.7 + 0.27 * len(sides))
         figure = Figure(figsize=(2.0 + 2.9 * columns, height), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True)
@@ -56,9 +62,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             if number >= len(panels):
                 axes.set_visible(False)
                 continue
-            where, cell, beside, title = panels[number]
-            _panel(axes, _rows(result, where, (cell, beside, title)), sides, sizes)
-            axes.set_title(f"{'RAM folder' if where == 'ram' else 'disk'}: {title}")
+            _panel(axes, _of(rows, panels[number]), sides, sizes)
+            axes.set_title(f"{'folder in RAM' if where == 'ram' else 'disk'}: {panels[number][2]}")
             axes.tick_params(labelbottom=True)
             if number + columns >= len(panels):
                 axes.set_xlabel("speed / fio's")
@@ -69,7 +74,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         figure.legend(
             handles,
             [format_size(size).replace(".0", "") for size in sizes],
-            title=f"block size (hollow: below {TICKS[0]:g})",
+            title="block size (hollow: beyond the scale)",
             loc="outside upper center",
             ncols=len(sizes),
             frameon=False,
@@ -79,18 +84,15 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path, metadata=plain)
 
 
-def _rows(result: Mapping[str, Any], where: str, move: Sequence[str]) -> list[Mapping[str, Any]]:
-    return [
-        row
-        for row in result["series"]
-        if row.get("speed_to_fio") and (row["where"], row["cell"], row.get("beside")) == (where, *move[:2])
-    ]
+def _of(rows: Sequence[Mapping[str, Any]], move: Sequence[str]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if (row["cell"], row["beside"]) == tuple(move[:2])]
 
 
-def _sides(result: Mapping[str, Any]) -> list[str]:
-    """Ours, then the others in the order of the results; fio itself is the line at 1."""
-    names = dict.fromkeys(name for row in result["series"] for name in row.get("speed_to_fio", {}))
-    return [OURS, *(name for name in names if name not in (OURS, "fio"))]
+def _sides(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ours, the peers, fio without huge pages; fio itself is the line at 1."""
+    names = dict.fromkeys(name for row in rows for name in row["speed_to_fio"])
+    order = [OURS, *VARIANTS, FIO_SMALL]
+    return [name for name in dict.fromkeys(order) if name in names]
 
 
 def _color(sizes: Sequence[int], size: int) -> str:
@@ -116,11 +118,11 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], sides: list[str], sizes
                 continue
             color = _color(sizes, row["block_bytes"])
             axes.scatter(
-                max(ratio, TICKS[0]),
+                min(max(ratio, TICKS[0]), TICKS[-1]),
                 place + shift,
-                s=22,
+                s=18,
                 marker=_mark(sizes, row["block_bytes"]),
-                facecolors=color if ratio >= TICKS[0] else "white",
+                facecolors=color if TICKS[0] <= ratio <= TICKS[-1] else "white",
                 edgecolors=color,
                 linewidths=1.0,
                 zorder=3,

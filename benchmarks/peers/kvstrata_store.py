@@ -6,13 +6,17 @@ import os
 import time
 import tracemalloc
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstrata import BlockLayout, BlockStore, chain_keys, namespace_digest
 from kvstrata.config import MIB, parse_config
-from kvstrata.transfer.buffers import Arena
+from kvstrata.tiers import base
+from kvstrata.transfer.buffers import Arena, Region
+from kvstrata.transfer.engine import EngineSettings
 from kvstrata.transfer.handle import Transfer
 from kvstrata.types import BlockKey, Namespace, Outcome
 from peers.base import Peer, PeerError, Shape
@@ -25,24 +29,26 @@ GOOD = {Outcome.LOADED, Outcome.SAVED}
 
 
 class Chain(NamedTuple):
-    """Blocks as a caller holds them: their keys, root first, and their memory."""
+    """Blocks as an engine holds them: keys, root first, and the numbers of their rows in its memory."""
 
     keys: list[BlockKey]
-    rows: list[memoryview]
+    rows: NDArray[np.int64]
 
 
-def save(store: BlockStore, chain: Chain) -> Transfer:
+def save(store: BlockStore, memory: Region, chain: Chain) -> Transfer:
     """The caller's part of a save."""
-    return store.save(chain.keys, chain.rows)
+    return store.save(chain.keys, memory.rows(chain.rows))
 
 
-def load(store: BlockStore, chain: Chain) -> Transfer:
+def load(store: BlockStore, memory: Region, chain: Chain) -> Transfer:
     """The caller's part of a load, with the look-up that every engine does before."""
-    return store.load(store.lookup(chain.keys), chain.rows)
+    return store.load(store.lookup(chain.keys), memory.rows(chain.rows))
 
 
 class KvstrataStore(Peer):
-    """options: tier is "nvme" (default) or "memory"; priority False lets stores take every I/O thread."""
+    """options: tier is "nvme" (default) or "memory"; io_engine as in the configuration; priority False
+    switches off, in this process, what lets loads overtake stores: no configuration does that.
+    """
 
     PACKAGES = ("kvstrata", "numpy", "numba", "xxhash")
     FILLS = 3  # so that every slot was written once
@@ -61,10 +67,13 @@ class KvstrataStore(Peer):
             "close_seconds": SECONDS,
             "queue_bytes": 4 * shape.blocks * size,
         }
+        if "io_engine" in shape.options:
+            store["io_engine"] = shape.options["io_engine"]
         if not shape.options.get("priority", True):
-            store |= {"io_store_threads": 8, "io_threads": 8}
+            base.EngineSettings = partial(EngineSettings, priority=False)  # type: ignore[misc,assignment]
         config = parse_config({"store": store, "tier": [tier]})
         self.store = BlockStore(config, BlockLayout(size, BLOCK_TOKENS), NAMESPACE)
+        self.memory = Region(arena.view, size)
         self._keys: dict[int, list[BlockKey]] = {}
 
     def _chain(self, run: int) -> list[BlockKey]:
@@ -78,14 +87,15 @@ class KvstrataStore(Peer):
         return self._keys[run]
 
     def plan(self, blocks: Sequence[int]) -> Chain:
-        places = [divmod(block, self.shape.blocks) for block in blocks]
-        return Chain([self._chain(run)[row] for run, row in places], [self.rows[row] for _, row in places])
+        runs, rows = np.divmod(np.asarray(blocks, dtype=np.int64), self.shape.blocks)
+        places = zip(runs.tolist(), rows.tolist(), strict=True)
+        return Chain([self._chain(run)[row] for run, row in places], rows)
 
     def start_save(self, plan: Chain) -> Transfer:
-        return save(self.store, plan)
+        return save(self.store, self.memory, plan)
 
     def start_load(self, plan: Chain) -> Transfer:
-        return load(self.store, plan)
+        return load(self.store, self.memory, plan)
 
     def wait(self, tickets: Sequence[Transfer]) -> None:
         for transfer in tickets:

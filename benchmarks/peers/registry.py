@@ -36,6 +36,7 @@ class Variant:
 
 
 OURS = "kvstrata"
+FIO, FIO_SMALL, FIO_BUSY = "fio", "fio, 4 KiB pages", "fio beside a spinning process"
 _LMCACHE = ("torch", "lmcache.lmcache_native", "lmcache.v1.distributed.l2_adapters")
 
 VARIANTS: dict[str, Variant] = {

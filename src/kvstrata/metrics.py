@@ -59,6 +59,7 @@ class StoreCollector(Collector):
             "queue_blocks": settings.queue_blocks,
             "load_queue_blocks": settings.load_queue_blocks,
             "batch_blocks": settings.batch_blocks,
+            "io_depth": settings.io_depth,
             "io_threads": settings.io_threads,
             "io_store_threads": settings.io_store_threads,
             "io_deadline_seconds": settings.io_deadline_seconds,
@@ -88,6 +89,28 @@ class StoreCollector(Collector):
             for tier in tiers:
                 family.add_metric([tier.name], float(getattr(tier, name)))
             yield family
+        yield from self._engines()
+
+    def _engines(self) -> Iterator[Metric]:
+        units = CounterMetricFamily(
+            PREFIX + "io_units_total",
+            "Reads and writes, each of one block or of neighbours",
+            labels=["tier", "op"],
+        )
+        merged = CounterMetricFamily(
+            PREFIX + "io_merged_blocks_total", "Blocks moved together with their neighbour", labels=["tier"]
+        )
+        depth = GaugeMetricFamily(
+            PREFIX + "io_depth", "Units that may be in flight, as measured best", labels=["tier", "op"]
+        )
+        for tier in self._store.tiers:
+            counts = tier.counts
+            units.add_metric([tier.name, "read"], counts.loads)
+            units.add_metric([tier.name, "write"], counts.stores)
+            merged.add_metric([tier.name], counts.merged)
+            depth.add_metric([tier.name, "read"], counts.load_depth)
+            depth.add_metric([tier.name, "write"], counts.store_depth)
+        yield from (units, merged, depth)
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

@@ -10,10 +10,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
 
 CATALOGUE: dict[str, tuple[tuple[str, ...], str]] = {
     "lookups_total": ((), "Look-ups asked by the engine"),
@@ -63,11 +61,10 @@ class Histogram:
         self.counts[bisect_left(BUCKETS_SECONDS, seconds)] += 1
         self.total_seconds += seconds
 
-    def observe_all(self, seconds: NDArray[np.float64]) -> None:
-        places = np.searchsorted(BUCKETS_SECONDS, seconds)
-        for place, count in enumerate(np.bincount(places, minlength=len(self.counts)).tolist()):
+    def add(self, counts: Sequence[int], total_seconds: float) -> None:
+        for place, count in enumerate(counts):
             self.counts[place] += count
-        self.total_seconds += float(seconds.sum())
+        self.total_seconds += total_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +103,11 @@ class Telemetry:
                 histogram = self._histograms[key] = Histogram()
             histogram.observe(seconds)
 
-    def observe_all(self, name: str, seconds: NDArray[np.float64], *labels: str) -> None:
-        """`observe` for many, (n,) seconds."""
+    def observe_all(self, name: str, counts: Sequence[int], seconds: float, *labels: str) -> None:
+        """`observe` for many: how many fell into each bucket, and the sum of their seconds."""
         assert len(labels) == len(HISTOGRAMS[name][0]), (name, labels)
         with self._lock:
-            self._histograms.setdefault((name, labels), Histogram()).observe_all(seconds)
+            self._histograms.setdefault((name, labels), Histogram()).add(counts, seconds)
 
     def event(self, kind: str, detail: str) -> None:
         with self._lock:

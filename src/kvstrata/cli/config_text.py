@@ -14,7 +14,7 @@ from kvstrata.config import Config, MemoryTierConfig, TierConfig
 
 WORDS: dict[str, dict[str, str]] = {
     "memory": {
-        "capacity_bytes": "bound of this tier; memory is taken as it fills",
+        "capacity_bytes": "bound of this tier; all of it is taken from the system, see touch",
         "policy": "who leaves when it is full",
         "policy_options": "parameters of the policy that differ from their defaults",
         "ttl_seconds": "blocks older than this are misses; 0: no limit",
@@ -39,7 +39,9 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "store": {
         "io_deadline_seconds": "a load or save that takes longer counts as failed",
-        "io_threads": "threads that move bytes",
+        "io_engine": "io_uring where it can be had, or threads that wait",
+        "io_depth": "most reads and writes in flight on io_uring; fewer where that is as fast",
+        "io_threads": "the same without io_uring: threads that move bytes",
         "io_store_threads": "how many of them may save at a time, so that loads need not wait",
         "queue_bytes": "bound of what waits to be saved",
         "queue_blocks": "the same, in blocks",

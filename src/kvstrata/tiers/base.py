@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from kvstrata.config import StoreConfig
 from kvstrata.errors import BlockCorruptError, StoreClosedError
 from kvstrata.table import BlockTable, Placement, Placements, alone
-from kvstrata.telemetry import Telemetry
+from kvstrata.telemetry import BUCKETS_SECONDS, Telemetry
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
-from kvstrata.transfer.engine import Engine, EngineSettings, OnDone, Rows
+from kvstrata.transfer.engine import Engine, EngineCounts, EngineSettings, OnDone, Rows
 from kvstrata.transfer.handle import Cancellable
 from kvstrata.transfer.slot_header import REASONS, WRONG_LENGTH
 from kvstrata.transfer.upkeep import Upkeep
@@ -187,7 +187,10 @@ class LocalTier(ABC):
         good = rows[results == 0]
         if len(good):
             seconds = (good[:, k.ENDED_NS] - good[:, k.BEGAN_NS]) / 1e9
-            self.telemetry.observe_all(f"{op}_seconds", seconds, self.name)
+            buckets = np.bincount(
+                np.searchsorted(BUCKETS_SECONDS, seconds), minlength=len(BUCKETS_SECONDS) + 1
+            )
+            self.telemetry.observe_all(f"{op}_seconds", buckets.tolist(), float(seconds.sum()), self.name)
             self.telemetry.count(f"{op}_bytes_total", self.name, by=int(good[:, k.LENGTH].sum()))
 
     def corrupt(self, verdict: int, placement: Placement) -> BlockCorruptError:
@@ -236,6 +239,11 @@ class LocalTier(ABC):
     def queued(self) -> tuple[int, int]:
         """Loads and stores that nobody has begun."""
         return self._engine.queued if self._engine else (0, 0)
+
+    @property
+    def counts(self) -> EngineCounts:
+        """What the engine has done so far."""
+        return self._engine.counts if self._engine else EngineCounts()
 
     def drain(self, seconds: float) -> bool:
         """Wait for everything that was started; False if that took longer."""

@@ -59,6 +59,19 @@ class EngineSettings:
     signal_bytes: int = 64 * 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class EngineCounts:
+    """loads, stores: units moved. merged: blocks that were moved together with the neighbour before them.
+    load_depth, store_depth: units that may be in flight, as measurement has it.
+    """
+
+    loads: int = 0
+    stores: int = 0
+    merged: int = 0
+    load_depth: int = 0
+    store_depth: int = 0
+
+
 @dataclass(slots=True)
 class Batch:
     """Blocks submitted together. cancel() takes back those that no thread has begun."""
@@ -101,8 +114,9 @@ class Engine:
         self._done_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._locks = np.zeros(2 * MUTEX_BYTES, dtype=np.uint8)
         self._control = np.zeros(k.CONTROL_WORDS, dtype=np.int64)
-        self._control[k.LOAD_LIMIT] = workers
-        self._control[k.STORE_LIMIT] = settings.store_workers
+        self._pace = np.zeros((2, k.RATES + k.LEVELS), dtype=np.int64)
+        for pace, most in zip(self._pace, (workers, settings.store_workers), strict=True):
+            pace[[k.LIMIT, k.MOST, k.LEVEL]] = most, most, (most - 1).bit_length()
         self._control[k.LAST_LOAD_NS] = -(1 << 62)
         setup = np.zeros(k.SETUP_WORDS, dtype=np.int64)
         setup[k.MUTEX] = _address(self._locks)
@@ -135,6 +149,7 @@ class Engine:
                 desk[k.DESK_BOUNCE] = desk[k.DESK_PAGES] + k.UNIT_BLOCKS * PAGE
         self._shared = k.Shared(
             self._operations,
+            self._pace,
             np.zeros(capacity, dtype=np.int32),
             np.zeros(capacity, dtype=np.int32),
             np.zeros(capacity, dtype=np.int32),
@@ -166,8 +181,20 @@ class Engine:
             for n in range(1 if self._ring else workers)
         ]
         self._reaper = threading.Thread(target=self._listen, name=f"{name}-done", daemon=True)
+        self._warm()
         for thread in [*self._threads, self._reaper]:
             thread.start()
+
+    def _warm(self) -> None:
+        """Load or compile every kernel now: a request's deadline does not wait for a compiler."""
+        none = np.zeros(0, dtype=np.int32)
+        self._control[k.CLOSING] = 1  # workers that begin now end at once
+        self._work(0)
+        k.enqueue(self._shared, none, True, 0)
+        k.reap(self._shared, self._reaped)
+        k.cancel(self._shared, none, np.zeros(0, dtype=np.bool_))
+        k.shut(self._shared, False)
+        self._control[k.CLOSING] = 0
 
     def _work(self, number: int) -> None:
         if self._ring is None:
@@ -280,14 +307,13 @@ class Engine:
         return int(c[k.LOAD_TAIL] - c[k.LOAD_HEAD]), int(c[k.STORE_TAIL] - c[k.STORE_HEAD])
 
     @property
-    def calls(self) -> dict[str, int]:
-        """Units read and written, and blocks that shared a unit with the neighbour before them."""
+    def counts(self) -> EngineCounts:
+        """What was moved so far, and how deep the engine goes now."""
         c = self._control
-        return {
-            "read": int(c[k.READ_CALLS]),
-            "write": int(c[k.WRITE_CALLS]),
-            "merged": int(c[k.MERGED]),
-        }
+        depths = self._pace[:, k.LIMIT]
+        return EngineCounts(
+            int(c[k.LOAD_UNITS]), int(c[k.STORE_UNITS]), int(c[k.MERGED]), int(depths[0]), int(depths[1])
+        )
 
     def oldest_seconds(self, *, loads: bool) -> float:
         """How long the oldest running unit has been running, 0.0 if none is."""

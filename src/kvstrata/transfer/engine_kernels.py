@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from kvstrata.jit import holding_gil, kernel
+from kvstrata.jit import holding_gil, kernel, part
 from kvstrata.transfer.native import (
     call_hook,
     condition_broadcast,
@@ -60,9 +60,20 @@ LATE = 100
 # Words of `control`
 (
     LOAD_HEAD, LOAD_TAIL, STORE_HEAD, STORE_TAIL, LOADS_RUNNING, STORES_RUNNING, CLOSING, DONE_COUNT,
-    UNREAPED_BYTES, SIGNALLED, LOAD_LIMIT, STORE_LIMIT, LAST_LOAD_NS, SLEEPING, RING_WAITS, READ_CALLS,
-    WRITE_CALLS, MERGED, EPOCH_NS, EPOCH_BYTES, EPOCH_FULL, CONTROL_WORDS,
-) = range(22)  # fmt: skip
+    UNREAPED_BYTES, SIGNALLED, LAST_LOAD_NS, SLEEPING, RING_WAITS, LOAD_UNITS, STORE_UNITS, MERGED,
+    CONTROL_WORDS,
+) = range(17)  # fmt: skip
+
+# Words of a direction's row of `pace`; behind them, bytes per second seen at each depth of 1, 2, 4, ...
+LIMIT, MOST, LEVEL, TRIED, EPOCH_NS, EPOCH_BYTES, RATES = range(7)
+LEVELS = 9
+EPOCH_LEAST_NS = 10_000_000
+"""How long units are counted before their speed is taken for that of a depth."""
+TRIAL_EVERY = 16
+"""One epoch of so many is spent on a neighbouring depth."""
+GOOD_PERCENT = 98
+"""The smallest depth is chosen that has so much of the best speed: what is in flight is what a load waits
+behind."""
 
 # Words of `setup`
 (
@@ -91,6 +102,7 @@ class Shared(NamedTuple):
     """Everything that workers share. A row of desks, units, vectors and parts belongs to one worker."""
 
     operations: Words  # (capacity, COLUMNS) int64
+    pace: Words  # (2, RATES + LEVELS) int64: loads, stores
     loads: Words  # (capacity,) int32, a ring of waiting rows
     stores: Words
     done: Words  # (capacity,) int32
@@ -103,12 +115,12 @@ class Shared(NamedTuple):
     parts: Words
 
 
-@kernel
+@part
 def lock(s: Shared) -> Any:
     mutex_lock(s.setup[MUTEX])
 
 
-@kernel
+@part
 def unlock(s: Shared) -> Any:
     mutex_unlock(s.setup[MUTEX])
 
@@ -116,13 +128,13 @@ def unlock(s: Shared) -> Any:
 # Under the mutex
 
 
-@kernel
+@part
 def _wake_one(s: Shared) -> Any:
     if s.control[SLEEPING] > 0:
         condition_signal(s.setup[WORK])
 
 
-@kernel
+@part
 def _knock(s: Shared) -> Any:
     """Wake the worker that waits in a ring."""
     if s.control[RING_WAITS]:
@@ -130,7 +142,7 @@ def _knock(s: Shared) -> Any:
         write_bytes(s.setup[WAKE_FD], s.setup[ONE_ADDRESS], 8)
 
 
-@kernel
+@part
 def _finish_row(s: Shared, row: int) -> Any:
     """Put a row on the list of what is done. True if somebody should be told."""
     control = s.control
@@ -147,13 +159,13 @@ def _finish_row(s: Shared, row: int) -> Any:
     return False
 
 
-@kernel
+@part
 def tell(s: Shared) -> Any:
     """Wake the thread that reaps. Not under the mutex."""
     write_bytes(s.setup[DONE_FD], s.setup[ONE_ADDRESS], 8)
 
 
-@kernel
+@part
 def _take_from(
     s: Shared, desk_number: int, head: int, tail: int, queue: Words, now: int, limit_bytes: int
 ) -> Any:
@@ -201,14 +213,14 @@ def _take_from(
     return heard
 
 
-@kernel
+@part
 def take(s: Shared, desk_number: int, now: int) -> Any:
     """The next unit for this desk, loads first. DESK_DIRECTION says what it is, if anything."""
     control, setup, desk = s.control, s.setup, s.desks[desk_number]
     desk[DESK_DIRECTION] = NO_DIRECTION
     desk[DESK_COUNT] = 0
     heard = False
-    if control[LOAD_HEAD] != control[LOAD_TAIL] and control[LOADS_RUNNING] < control[LOAD_LIMIT]:
+    if control[LOAD_HEAD] != control[LOAD_TAIL] and control[LOADS_RUNNING] < s.pace[0, LIMIT]:
         heard |= _take_from(s, desk_number, LOAD_HEAD, LOAD_TAIL, s.loads, now, setup[MERGE_BYTES])
         if desk[DESK_COUNT]:
             desk[DESK_DIRECTION] = LOADING
@@ -217,7 +229,7 @@ def take(s: Shared, desk_number: int, now: int) -> Any:
             return heard
     if control[STORE_HEAD] == control[STORE_TAIL]:
         return heard
-    limit = control[STORE_LIMIT]
+    limit = s.pace[1, LIMIT]
     if setup[PRIORITY] and (control[LOADS_RUNNING] or now - control[LAST_LOAD_NS] < setup[POLITE_NS]):
         limit = 1
     if control[STORES_RUNNING] < limit:
@@ -228,20 +240,67 @@ def take(s: Shared, desk_number: int, now: int) -> Any:
     return heard
 
 
-@kernel
+@part
+def _set_level(pace: Words, level: int) -> Any:
+    pace[LEVEL] = level
+    pace[LIMIT] = min(1 << level, pace[MOST])
+
+
+@part
+def _keep_pace(pace: Words, now: int, size: int, saturated: bool) -> Any:
+    """Learn how fast this depth is, and choose the next one. Only while more waits than may be moved."""
+    if not saturated or pace[EPOCH_NS] == 0:
+        pace[EPOCH_NS] = now if saturated else 0
+        pace[EPOCH_BYTES] = 0
+        return
+    pace[EPOCH_BYTES] += size
+    passed = now - pace[EPOCH_NS]
+    if passed < EPOCH_LEAST_NS or pace[EPOCH_BYTES] == size:
+        return
+    level = pace[LEVEL]
+    rate = pace[EPOCH_BYTES] * 1_000_000_000 // passed
+    pace[RATES + level] = rate if pace[RATES + level] == 0 else (3 * pace[RATES + level] + rate) // 4
+    pace[EPOCH_NS] = now
+    pace[EPOCH_BYTES] = 0
+    pace[TRIED] += 1
+    top = 0
+    while 1 << top < pace[MOST]:
+        top += 1
+    best = 0
+    for other in range(top + 1):
+        best = max(best, pace[RATES + other])
+    choice = level
+    for other in range(top, -1, -1):
+        if pace[RATES + other] * 100 >= best * GOOD_PERCENT:
+            choice = other
+    if pace[TRIED] % TRIAL_EVERY == 0:
+        # In turn the depth below and the one above.
+        step = -1 if pace[TRIED] // TRIAL_EVERY % 2 else 1
+        choice = min(max(choice + step, 0), top)
+    _set_level(pace, choice)
+
+
+@part
 def put_back(s: Shared, desk_number: int, now: int) -> Any:
     """A unit is over: its rows are done. Returns whether the reaper should be told."""
     control, operations, desk = s.control, s.operations, s.desks[desk_number]
     heard = False
+    size = 0
     for place in range(desk[DESK_COUNT]):
         row = s.units[desk_number, place]
         operations[row, ENDED_NS] = now
+        size += operations[row, LENGTH]
         heard |= _finish_row(s, row)
     if desk[DESK_DIRECTION] == LOADING:
         control[LOADS_RUNNING] -= 1
+        control[LOAD_UNITS] += 1
         control[LAST_LOAD_NS] = now
+        _keep_pace(s.pace[0], now, size, control[LOAD_HEAD] != control[LOAD_TAIL])
     else:
         control[STORES_RUNNING] -= 1
+        control[STORE_UNITS] += 1
+        alone = not s.setup[PRIORITY] or now - control[LAST_LOAD_NS] >= s.setup[POLITE_NS]
+        _keep_pace(s.pace[1], now, size, alone and control[STORE_HEAD] != control[STORE_TAIL])
     desk[DESK_DIRECTION] = NO_DIRECTION
     desk[DESK_COUNT] = 0
     # Somebody may have waited for the place in flight that this unit had.
@@ -253,7 +312,7 @@ def put_back(s: Shared, desk_number: int, now: int) -> Any:
 # Outside the mutex
 
 
-@kernel
+@part
 def prepare(s: Shared, desk_number: int) -> Any:
     """Checksums, headers and vectors of the unit on a desk of a file's worker."""
     desk, setup = s.desks[desk_number], s.setup
@@ -297,7 +356,7 @@ def prepare(s: Shared, desk_number: int) -> Any:
     desk[DESK_ERROR] = 0
 
 
-@kernel
+@part
 def next_part(s: Shared, desk_number: int, limit_bytes: int) -> Any:
     """Vectors of what is left of the unit, `limit_bytes` at most. Returns how many there are."""
     desk, vectors, part = s.desks[desk_number], s.vectors[desk_number], s.parts[desk_number]
@@ -321,7 +380,7 @@ def next_part(s: Shared, desk_number: int, limit_bytes: int) -> Any:
     return count
 
 
-@kernel
+@part
 def take_in(desk: Words, moved: int, writing: bool) -> Any:
     """What a call answered, bytes or -errno. Returns whether something is left to do."""
     if moved == -EINTR or moved == -EAGAIN:
@@ -338,7 +397,7 @@ def take_in(desk: Words, moved: int, writing: bool) -> Any:
     return desk[DESK_DONE] < desk[DESK_TOTAL]
 
 
-@kernel
+@part
 def _judge(s: Shared, desk_number: int) -> Any:
     """Verify what a unit has read, and copy where it is to go."""
     desk = s.desks[desk_number]
@@ -363,7 +422,7 @@ def _judge(s: Shared, desk_number: int) -> Any:
         op[RESULT] = verdict
 
 
-@kernel
+@part
 def end_unit(s: Shared, desk_number: int) -> Any:
     """Results of a unit whose bytes have moved. False if it failed as a whole and must go row by row."""
     desk = s.desks[desk_number]
@@ -380,7 +439,7 @@ def end_unit(s: Shared, desk_number: int) -> Any:
     return True
 
 
-@kernel
+@part
 def _call(s: Shared, desk_number: int, count: int) -> Any:
     """Move one part: bytes moved, or -errno."""
     desk = s.desks[desk_number]
@@ -397,7 +456,7 @@ def _call(s: Shared, desk_number: int, count: int) -> Any:
     return moved if moved >= 0 else -last_error()
 
 
-@kernel
+@part
 def _sync(s: Shared, op: Words) -> Any:
     """0, or -errno."""
     if s.setup[HOOK]:
@@ -405,7 +464,7 @@ def _sync(s: Shared, op: Words) -> Any:
     return -last_error() if fdatasync(op[FD]) else 0
 
 
-@kernel
+@part
 def _let_loads_pass(s: Shared) -> Any:
     """Between two parts of a store: wait a little while loads wait or run."""
     for _ in range(PAUSES):
@@ -418,7 +477,7 @@ def _let_loads_pass(s: Shared) -> Any:
         sleep_microseconds(PAUSE_MICROSECONDS)
 
 
-@kernel
+@part
 def part_bytes(s: Shared, storing: bool) -> Any:
     """How much to move in one call: less while stores have to be polite."""
     if not storing or not s.setup[PRIORITY]:
@@ -430,7 +489,7 @@ def part_bytes(s: Shared, storing: bool) -> Any:
     return s.setup[POLITE_BYTES] if recent else s.setup[PART_BYTES]
 
 
-@kernel
+@part
 def _move_file_unit(s: Shared, desk_number: int) -> Any:
     """The unit on the desk, by calls that wait."""
     desk = s.desks[desk_number]
@@ -447,7 +506,7 @@ def _move_file_unit(s: Shared, desk_number: int) -> Any:
         desk[DESK_ERROR] = _sync(s, op)
 
 
-@kernel
+@part
 def move_one_by_one(s: Shared, desk_number: int) -> Any:
     """A merged unit failed: find out which of its rows is to blame."""
     desk, unit = s.desks[desk_number], s.units[desk_number]
@@ -460,7 +519,7 @@ def move_one_by_one(s: Shared, desk_number: int) -> Any:
     desk[DESK_COUNT] = count
 
 
-@kernel
+@part
 def _move_memory_unit(s: Shared, desk_number: int) -> Any:
     op = s.operations[s.units[desk_number, 0]]
     op[RESULT] = GOOD
@@ -544,7 +603,8 @@ def reap(s: Shared, rows: Words) -> Any:
     control = s.control
     lock(s)
     count = control[DONE_COUNT]
-    rows[:count] = s.done[:count]
+    for place in range(count):  # a slice would compile the text of an error about shapes
+        rows[place] = s.done[place]
     control[DONE_COUNT] = 0
     control[UNREAPED_BYTES] = 0
     control[SIGNALLED] = 0
@@ -571,7 +631,7 @@ def cancel(s: Shared, rows: Words, taken: Words) -> Any:
     return found
 
 
-@kernel
+@part
 def _close_gaps(s: Shared, head: int, tail: int, queue: Words) -> Any:
     control = s.control
     capacity = len(queue)

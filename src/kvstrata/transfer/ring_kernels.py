@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvstrata.jit import kernel
+from kvstrata.jit import kernel, part
 from kvstrata.transfer.engine_kernels import (
     CLOSING,
     DESK_CLOCK,
@@ -65,7 +65,7 @@ _WAKE = 1 << 32
 """User data of the poll; everything else is a desk's number."""
 
 
-@kernel
+@part
 def _push(r: RingWords, opcode: int, fd: int, offset: int, address: int, size: int, data: int) -> Any:
     """size: of the fourth word, with the flags of the operation in its upper half."""
     at = r.ring[r.where[SQ_TAIL]] & r.where[SQ_MASK]
@@ -75,12 +75,13 @@ def _push(r: RingWords, opcode: int, fd: int, offset: int, address: int, size: i
     entry[2] = address
     entry[3] = size
     entry[4] = data
-    entry[5:] = 0
+    for word in range(5, 8):
+        entry[word] = 0
     r.ring[r.where[SQ_ARRAY] + at] = at
     atomic_store(r.ring, r.where[SQ_TAIL], r.ring[r.where[SQ_TAIL]] + 1)
 
 
-@kernel
+@part
 def _push_part(s: Shared, r: RingWords, desk_number: int) -> Any:
     """The next part of the unit on a desk."""
     desk = s.desks[desk_number]
@@ -92,7 +93,7 @@ def _push_part(s: Shared, r: RingWords, desk_number: int) -> Any:
     _push(r, opcode, op[FD], op[OFFSET] + desk[DESK_DONE], desk[DESK_PART], count | flags, desk_number)
 
 
-@kernel
+@part
 def _must_pause(s: Shared, desk_number: int) -> Any:
     """Is this a store that should let loads pass before its next part?"""
     if not s.setup[PRIORITY] or s.desks[desk_number, DESK_DIRECTION] != STORING:
