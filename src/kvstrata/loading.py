@@ -67,6 +67,7 @@ class Loading:
         return copy_to, Buffers(targets.addresses, targets.lengths, (targets.owner, room.owner))
 
     def _done(self, rows: Rows) -> None:
+        rows = rows[np.argsort(rows[:, k.POSITION])]
         positions, results = rows[:, k.POSITION], rows[:, k.RESULT]
         mine = self._placements.take(self._placements.at(positions))
         self._end_promotion(rows)

@@ -146,7 +146,7 @@ class TierStack:
         assert memory is not None
         with self._promotion_lock:
             most = max(1, memory.table.slots // PROMOTING_SHARE)
-            leading = keys[: max(0, most - self._promoting)]
+            leading = keys[: min(max(0, most - self._promoting), memory.table.batch_blocks)]
             recorded = memory.table.record(
                 leading, [True] * len(leading), request=0, ttl_seconds=memory.ttl_seconds
             )

@@ -128,7 +128,7 @@ class Breaker:
     def saw(self, errors: Sequence[int]) -> None:
         """How operations of an engine ended, in their order: 0, or an errno."""
         if not any(errors):
-            self._failed = 0
+            self._failed = 0 if errors else self._failed
             return
         for number in errors:
             self._end(-1, OSError(number, os.strerror(number)) if number else None)

@@ -25,7 +25,7 @@ class Growth:
         self._engine = engine
         self._finish = finish
         self._refuse = refuse
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a full engine refuses within `submit`, and may cancel
         self._batch: Cancellable | None = None
 
     def run(self) -> None:

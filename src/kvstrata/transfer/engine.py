@@ -153,7 +153,8 @@ class Engine:
             np.zeros(capacity, dtype=np.int32),
             np.zeros(capacity, dtype=np.int32),
             np.zeros(capacity, dtype=np.int32),
-            np.zeros(capacity, dtype=np.int64),
+            # Rows are free again before their batch is settled, so that there may be more batches than rows.
+            np.zeros(2 * capacity, dtype=np.int64),
             self._control,
             setup,
             self._desks,
@@ -177,9 +178,10 @@ class Engine:
         if self._ring is not None:
             setup[k.WAKE_FD] = self._ring.wake_fd
         self._threads = [
-            threading.Thread(target=self._work, args=(n,), name=f"{name}-io-{n}", daemon=True)
+            threading.Thread(target=self._run, args=(n,), name=f"{name}-io-{n}", daemon=True)
             for n in range(1 if self._ring else workers)
         ]
+        self._working = len(self._threads)
         self._reaper = threading.Thread(target=self._listen, name=f"{name}-done", daemon=True)
         self._warm()
         for thread in [*self._threads, self._reaper]:
@@ -195,6 +197,14 @@ class Engine:
         k.cancel(self._shared, none, np.zeros(0, dtype=np.bool_))
         k.shut(self._shared, False)
         self._control[k.CLOSING] = 0
+
+    def _run(self, number: int) -> None:
+        try:
+            self._work(number)
+        finally:
+            with self._book:
+                self._working -= 1
+                self._tell()
 
     def _work(self, number: int) -> None:
         if self._ring is None:
@@ -213,21 +223,23 @@ class Engine:
         ENDED_NS; on any thread, one call at a time. After close() nothing is queued and nobody is called.
         """
         count = len(rows)
+        positions = rows[:, k.POSITION].copy()
         with self._book:
-            if self._closed or count > self._free_count:
-                full = not self._closed
-                batch = Batch(self, -1, np.zeros(0, np.int32), rows[:, k.POSITION].copy(), on_done)
-            else:
+            full = count > self._free_count or len(self._batches) == len(self._shared.groups)
+            if self._closed:
                 full = False
+                batch = Batch(self, -1, np.zeros(0, np.int32), positions, on_done)
+            elif full or not count:
+                batch = Batch(self, -1, np.zeros(0, np.int32), np.zeros(0, np.int64), on_done)
+            else:
                 self._free_count -= count
                 taken = self._free[self._free_count : self._free_count + count].copy()
                 self._outstanding += count
                 group = self._free_groups.pop() if self._free_groups else len(self._batches)
-                batch = Batch(self, group, taken, rows[:, k.POSITION].copy(), on_done, count)
+                batch = Batch(self, group, taken, positions, on_done, count)
                 self._batches[group] = batch
                 self._operations[taken] = rows
-                if count:
-                    k.enqueue(self._shared, taken, loads, group)
+                k.enqueue(self._shared, taken, loads, group)
         if full:
             refused = rows.copy()
             refused[:, k.RESULT] = k.LATE
@@ -235,7 +247,11 @@ class Engine:
         return batch
 
     def cancel(self, batch: Batch) -> Positions:
-        with self._reaping, self._book:
+        # Never under `_reaping`: who hands out what one engine did may cancel what waits in another.
+        with self._book:
+            if batch.group < 0:
+                refused, batch.positions = batch.positions, np.zeros(0, dtype=np.int64)
+                return refused
             # A row that is done may belong to another batch by now.
             mine = self._operations[batch.rows, k.GROUP] == batch.group
             rows, positions = batch.rows[mine & (batch.left > 0)], batch.positions[mine & (batch.left > 0)]
@@ -244,6 +260,7 @@ class Engine:
                 return np.zeros(0, dtype=np.int64)
             self._give_back(rows[taken])
             self._settle(batch, int(taken.sum()))
+            self._tell()  # what is done already may have waited for these
             back: Positions = positions[taken]
             return back
 
@@ -290,13 +307,22 @@ class Engine:
         if not self._outstanding:
             self._idle.notify_all()
 
+    def _tell(self) -> None:
+        if self._done_fd >= 0:
+            os.eventfd_write(self._done_fd, 1)
+
     def _listen(self) -> None:
         while True:
             os.read(self._done_fd, 8)
             with self._reaping:
                 self._reap()
-            if self._closed and not any(thread.is_alive() for thread in self._threads):
-                return
+            with self._book:
+                if self._closed and not self._working:
+                    os.close(self._done_fd)
+                    self._done_fd = -1
+                    break
+        if self._ring is not None:
+            self._ring.close()
 
     # Looking after it
 
@@ -340,14 +366,9 @@ class Engine:
         until = time.monotonic() + (max(seconds, 0.1) if drained else 0.1)
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
-        os.eventfd_write(self._done_fd, 1)
         ended = not any(thread.is_alive() for thread in self._threads)
         if ended:
             self._reaper.join(max(0.1, until - time.monotonic()))
-            if not self._reaper.is_alive():
-                os.close(self._done_fd)
-                if self._ring is not None:
-                    self._ring.close()
         return drained and ended
 
 

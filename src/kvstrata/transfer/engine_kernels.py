@@ -84,8 +84,8 @@ behind."""
 # Words of a worker's `desk`
 (
     DESK_BEGAN, DESK_DIRECTION, DESK_COUNT, DESK_TOTAL, DESK_DONE, DESK_ERROR, DESK_PAGES, DESK_BOUNCE,
-    DESK_VECTORS, DESK_PART, DESK_CLOCK, DESK_VECTOR_COUNT, DESK_PART_BYTES, DESK_WORDS,
-) = range(14)  # fmt: skip
+    DESK_VECTORS, DESK_PART, DESK_CLOCK, DESK_VECTOR_COUNT, DESK_PART_BYTES, DESK_PAUSED, DESK_WORDS,
+) = range(15)  # fmt: skip
 
 NO_DIRECTION, LOADING, STORING = range(3)
 UNIT_BLOCKS = 64
@@ -106,7 +106,7 @@ class Shared(NamedTuple):
     loads: Words  # (capacity,) int32, a ring of waiting rows
     stores: Words
     done: Words  # (capacity,) int32
-    groups: Words  # (capacity,) int64: rows of each group that are not done
+    groups: Words  # (2 * capacity,) int64: rows of each group that are not done
     control: Words
     setup: Words
     desks: Words  # (workers, DESK_WORDS) int64

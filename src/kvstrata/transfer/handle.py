@@ -64,6 +64,7 @@ class Transfer:
         self._on_late = on_late
         self._on_done = on_done
         self._announced = False
+        self._cut_off = False
         self._batches: list[tuple[Cancellable, Callable[[Positions], None]]] = []
 
     @property
@@ -89,7 +90,12 @@ class Transfer:
     def attach(self, batch: Cancellable, on_cancel: Callable[[Positions], None]) -> None:
         """What to take back when the deadline passes; on_cancel hears which blocks were never begun."""
         with self._changed:
+            if not self._open and not self._held:
+                return  # all over already: nothing would let go of the batch
             self._batches.append((batch, on_cancel))
+            cut_off = self._cut_off
+        if cut_off:
+            self._take_back()
 
     def claim(self, positions: Positions) -> Mask:
         """From here on the deadline leaves these blocks alone: somebody is about to finish them.
@@ -154,6 +160,7 @@ class Transfer:
             if self._open and time.monotonic() >= self._deadline:
                 late = np.flatnonzero((self._codes == _OPEN) & ~self._claimed)
                 self._set(late, _LATE)
+                self._cut_off |= len(late) > 0
                 self._changed.notify_all()
             done = self._open == 0
         if len(late):

@@ -11,6 +11,7 @@ from kvstrata.transfer.engine_kernels import (
     DESK_DIRECTION,
     DESK_DONE,
     DESK_PART,
+    DESK_PAUSED,
     FD,
     FLAGS,
     LOAD_HEAD,
@@ -18,6 +19,8 @@ from kvstrata.transfer.engine_kernels import (
     LOADS_RUNNING,
     NO_DIRECTION,
     OFFSET,
+    PAUSE_MICROSECONDS,
+    PAUSES,
     PRIORITY,
     RING_WAITS,
     STORE_HEAD,
@@ -94,9 +97,14 @@ def _push_part(s: Shared, r: RingWords, desk_number: int) -> Any:
 
 
 @part
-def _must_pause(s: Shared, desk_number: int) -> Any:
-    """Is this a store that should let loads pass before its next part?"""
-    if not s.setup[PRIORITY] or s.desks[desk_number, DESK_DIRECTION] != STORING:
+def _must_pause(s: Shared, desk_number: int, now: int) -> Any:
+    """Is this a store that should let loads pass before its next part? Not for long: they must not starve
+    it.
+    """
+    desk = s.desks[desk_number]
+    if not s.setup[PRIORITY] or desk[DESK_DIRECTION] != STORING:
+        return False
+    if now - desk[DESK_PAUSED] > PAUSES * PAUSE_MICROSECONDS * 1000:
         return False
     control = s.control
     return control[LOADS_RUNNING] > 0 or control[LOAD_HEAD] != control[LOAD_TAIL]
@@ -136,7 +144,7 @@ def work_ring(s: Shared, r: RingWords, free: Any, paused: Any) -> Any:
         left = 0
         for place in range(paused_count):
             number = paused[place]
-            if flying and _must_pause(s, number):
+            if flying and _must_pause(s, number, monotonic_ns(clock)):
                 paused[left] = number
                 left += 1
                 continue
@@ -178,6 +186,7 @@ def work_ring(s: Shared, r: RingWords, free: Any, paused: Any) -> Any:
             storing = desk[DESK_DIRECTION] == STORING
             flying -= 1
             if take_in(desk, result, storing):
+                desk[DESK_PAUSED] = monotonic_ns(clock)
                 paused[paused_count] = data
                 paused_count += 1
                 continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ from kvstrata.errors import ConfigError
 from kvstrata.hashing import wrap_keys
 from kvstrata.metrics import MetricsServer
 from kvstrata.store import BlockStore
+from kvstrata.transfer.buffers import Buffers, Region
 from kvstrata.transfer.handle import Transfer
 from kvstrata.types import BlockKey, BlockLayout, Lookup, Outcome, PrefixMatch
 
@@ -90,7 +91,7 @@ class KVStrataTier(SecondaryTierManager):
         namespace = engine_namespace(
             offloading_spec.config, row_bytes, config.vllm.model_revision, config.store.salt
         )
-        self._rows = rows
+        self._rows: Region | None = Region(rows, row_bytes)
         self._row_bytes = row_bytes
         self._namespace = namespace.digest
         self._jobs: dict[int, _Job] = {}
@@ -149,14 +150,15 @@ class KVStrataTier(SecondaryTierManager):
 
     # vLLM moves
 
-    def _views(self, rows: Iterable[int]) -> list[memoryview]:
-        return [memoryview(self._rows[row]) for row in rows]
+    def _buffers(self, rows: list[int]) -> Buffers:
+        assert self._rows is not None, "vLLM moves blocks after shutdown"
+        return self._rows.rows(rows)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         chain = self._chain(job_metadata.req_context)
         keys, rows = list(job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
         wrapped = self._wrap(keys, chain)
-        transfer = self.store.save(wrapped, self._views(rows), request=chain.number)
+        transfer = self.store.save(wrapped, self._buffers(rows), request=chain.number)
         self._jobs[job_metadata.job_id] = _Job(transfer, keys, rows, False, chain)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
@@ -164,7 +166,7 @@ class KVStrataTier(SecondaryTierManager):
         keys, rows = list(job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
         wrapped = self._wrap(keys, chain)
         match = PrefixMatch(tuple(wrapped), len(wrapped), (Lookup.HIT,) * len(wrapped))
-        transfer = self.store.load(match, self._views(rows))
+        transfer = self.store.load(match, self._buffers(rows))
         self._jobs[job_metadata.job_id] = _Job(transfer, keys, rows, True, chain)
 
     def get_finished_jobs(self) -> Iterator[JobResult]:
@@ -212,8 +214,8 @@ class KVStrataTier(SecondaryTierManager):
             self._metrics.close()
             self._metrics = None
         self._jobs.clear()
-        # vLLM releases its view next, which fails while an array still stands on it.
-        self._rows = np.zeros((0, 0), dtype=np.int8)
+        # vLLM releases its view next, which fails while somebody still holds it.
+        self._rows = None
 
 
 def _for_replica(config: Config, parallel: Any) -> Config:
