@@ -101,12 +101,12 @@ class Session:
         self.undo = undo
         self.console = Console(stderr=True, highlight=False)
         self.left_out: list[dict[str, str]] = []
+        self._folders: dict[str, Path] = {}
         self.started = time.monotonic()
         self.fio = fio_peer.installed()
         if self.fio is None:
             self.leave_out(FIO, "all", "not installed; apt-get install fio")
         self.scratch = Arena(16 * MIB)
-        self._folders: dict[str, Path] = {}
 
     def say(self, text: str) -> None:
         self.console.print(

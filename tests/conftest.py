@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -15,6 +17,20 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("kvstrata")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine",
+        choices=("auto", "threads", "io_uring"),
+        help="what moves blocks of the nvme tier in every test that does not say so itself",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the environment, for `store_kit` and for processes that tests start."""
+    if config.getoption("--engine"):
+        os.environ["KVSTRATA_TEST_ENGINE"] = config.getoption("--engine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

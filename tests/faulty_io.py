@@ -41,10 +41,10 @@ class FaultyIO(FileIO):
         with self._changed:
             self._held |= set(ops)
 
-    def release(self) -> None:
-        """Let everything go that hangs, and do not hold back any more."""
+    def release(self, *ops: str) -> None:
+        """Let go what hangs in these operations (in all if none is named), and hold back no more."""
         with self._changed:
-            self._held.clear()
+            self._held -= set(ops or OPS)
             self._changed.notify_all()
 
     def slow(self, seconds: float, *ops: str) -> None:

@@ -16,10 +16,11 @@ from typing import Literal
 
 import pytest
 
-from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig, StoreConfig
+from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig
 from kvstrata.hashing import namespace_digest, wrap_keys
 from kvstrata.store import BlockStore
 from kvstrata.types import BlockKey, BlockLayout, Lookup, Namespace, Outcome, PrefixMatch
+from store_kit import store_config
 
 SAMPLE = Path(__file__).parent / "data" / "mooncake_conversation_300.jsonl"
 
@@ -60,7 +61,7 @@ def payload(block: int) -> bytes:
 
 
 def open_store(*tiers: MemoryTierConfig | NvmeTierConfig) -> BlockStore:
-    settings = StoreConfig(
+    settings = store_config(
         io_threads=2, io_store_threads=1, batch_blocks=LONGEST_CHAIN, io_deadline_seconds=60
     )
     return BlockStore(Config(settings, tiers), BlockLayout(BLOCK_BYTES, 512), Namespace(DIGEST, FIELDS))

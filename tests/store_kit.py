@@ -52,8 +52,14 @@ def nvme_tier(folder: Path, capacity_bytes: int = 2 * 2**20, **fields: Any) -> N
     return NvmeTierConfig(path=str(folder), capacity_bytes=capacity_bytes, **fields)
 
 
+def store_config(**fields: Any) -> StoreConfig:
+    """With the engine that the run of the tests asks for (`--engine`)."""
+    engine: Any = os.environ.get("KVSTRATA_TEST_ENGINE", "auto")
+    return StoreConfig(**({"io_engine": engine} | fields))
+
+
 def make_config(*tiers: MemoryTierConfig | NvmeTierConfig, **store: Any) -> Config:
-    return Config(store=StoreConfig(**store), tiers=tiers)
+    return Config(store=store_config(**store), tiers=tiers)
 
 
 def open_store(

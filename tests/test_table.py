@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from numpy.typing import NDArray
 
 from kvstrata.policies import POLICIES
-from kvstrata.table import BlockTable, Placement
+from kvstrata.table import BlockTable, Placement, Placements, alone
 from kvstrata.types import BlockKey, Lookup
 from reference.table import Block, TableEntry, TableModel, assert_same, entries_in, rows_of
 
@@ -389,6 +389,118 @@ def test_withdrawn_slots_are_not_used(policy: str) -> None:
     assert table.restore_withdrawn() == 3
     assert fill(table, KEYS[4:8], request=3) >= 3  # what there is room for
     assert table.resident_blocks == 4
+    table.check_integrity()
+
+
+def what(placements: Placements) -> list[tuple[int, BlockKey, int, int, int, int]]:
+    """Everything but where: slots come back in another order where blocks leave one by one."""
+    return [(p.position, p.key, p.length, p.checksum, p.sequence, p.expires_ms) for p in placements]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_is_what_one_by_one_would_be(policy: str, seed: int) -> None:
+    """Two tables, the same calls: on one in batches, on the other block by block in a shuffled order."""
+    rng = np.random.default_rng(seed)
+    clock = [1_000]
+    tables = [BlockTable(12, SLOT_BYTES, policy, batch_blocks=8, clock_ms=lambda: clock[0]) for _ in "ab"]
+    keys = [BlockKey(n.to_bytes(32, "big")) for n in range(30)]
+    batched, single = tables
+    pinned: list[tuple[Placements, Placements]] = []
+    for request in range(120):
+        clock[0] += 7
+        first = int(rng.integers(0, 24))
+        chain = keys[first : first + 6]
+        ttl = float(rng.choice([0.0, 0.2]))
+        answers = [
+            table.record(chain, [True] * len(chain), request=request, ttl_seconds=ttl) for table in tables
+        ]
+        placed, other = answers[0].placed, answers[1].placed
+        assert what(placed) == what(other) and list(placed) == answers[0].reserved
+        good = rng.random(len(placed)) < 0.8
+        kept, lost = placed.take(np.flatnonzero(good)), placed.take(np.flatnonzero(~good))
+        lengths = rng.integers(1, SLOT_BYTES, len(kept))
+        checksums = rng.integers(-(2**63), 2**63 - 1, len(kept))
+        batched.commit_all(kept, lengths, checksums)
+        batched.abort_all(lost)
+        for row, placement in enumerate(other.take(np.flatnonzero(good))):
+            checksum = int(checksums[row]) % 2**64
+            single.commit(placement, length=int(lengths[row]), checksum=checksum)
+        for placement in other.take(np.flatnonzero(~good)):
+            single.abort(placement)
+        # A key may be asked for twice in one batch: it is pinned twice.
+        wanted = [keys[n] for n in rng.integers(0, 30, 5).tolist()]
+        pair = batched.pin_all(wanted), single.pin_all(wanted)
+        assert what(pair[0]) == what(pair[1])
+        assert list(pair[0]) == [alone(placement)[0] for placement in pair[0]]
+        pinned.append(pair)
+        if len(pair[0]) and rng.random() < 0.3:
+            assert batched.drop(pair[0][0]) == single.drop(pair[1][0])
+        if rng.random() < 0.2:
+            assert batched.discard(wanted[:2]) == single.discard(wanted[:2])
+        if len(pinned) > 2:
+            together, apart = pinned.pop(int(rng.integers(0, 3)))
+            batched.unpin(together)
+            for place in rng.permutation(len(apart)).tolist():
+                single.unpin([apart[place]])
+        for table in tables:
+            table.check_integrity()
+        assert batched.pinned_blocks() == single.pinned_blocks()
+        assert batched.lookup(keys) == single.lookup(keys)
+    for together, apart in pinned:
+        batched.unpin(together)
+        single.unpin(apart)
+    for table in tables:
+        table.check_integrity()
+        assert table.pinned_blocks() == 0
+    left = [table.entries()[["key", "length", "checksum", "sequence"]].tolist() for table in tables]
+    assert left[0] == left[1]
+
+
+def test_the_columns_of_placements() -> None:
+    table = BlockTable(6, SLOT_BYTES, "lru")
+    places = table.record(KEYS[:5], [True] * 5, request=1).placed
+    table.commit_all(places, np.arange(5) + 1, np.array([-1, 2, -3, 4, -5]))
+    pins = table.pin_all([KEYS[4], KEYS[9], KEYS[0], KEYS[2]])
+    assert pins.positions.tolist() == [0, 2, 3] and pins.keys == [KEYS[4], KEYS[0], KEYS[2]]
+    assert pins.checksums.tolist() == [-5, -1, -3] and pins.lengths.tolist() == [5, 1, 3]
+    assert [one.checksum for one in pins] == [2**64 - 5, 2**64 - 1, 2**64 - 3]
+    assert pins.at(np.array([3, 0, 2])).tolist() == [2, 0, 1]
+    assert pins.key_words().tobytes() == KEYS[4] + KEYS[0] + KEYS[2]
+    part = pins.take(np.array([2, 0]))
+    assert list(part) == [pins[2], pins[0]]
+    assert len(pins.take(np.zeros(0, dtype=np.int64))) == 0
+    table.unpin(part)
+    table.unpin([pins[1]])
+    assert table.pinned_blocks() == 0
+    none = table.pin_all([])
+    assert len(none) == 0 and list(none) == []
+    table.unpin(none)
+    table.abort_all(none)
+    table.commit_all(none, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    assert len(table.pin_all(KEYS[6:9])) == 0
+    table.check_integrity()
+
+
+def test_a_doomed_block_that_was_pinned_twice_in_one_batch(policy: str) -> None:
+    table = BlockTable(2, SLOT_BYTES, policy)
+    fill(table, KEYS[:1])
+    pins = table.pin_all([KEYS[0], KEYS[0]])
+    assert table.drop(pins[0]) and not table.drop(pins[1])
+    assert table.used_bytes == SLOT_BYTES
+    table.unpin(pins)
+    assert table.used_bytes == 0
+    table.check_integrity()
+
+
+def test_neighbours_in_a_chain_get_neighbouring_slots(policy: str) -> None:
+    table = BlockTable(16, SLOT_BYTES, policy)
+    for first in (0, 5):
+        placed = table.record(KEYS[first : first + 5], [True] * 5, request=first).placed
+        assert (np.diff(placed.slots) == 1).all()
+        table.commit_all(placed, np.ones(5, np.int64), np.zeros(5, np.int64))
+    table.discard(KEYS[3:7])
+    ascending = table.record(KEYS[3:14], [True] * 11, request=9).placed.slots
+    assert len(ascending) >= 4 and (np.diff(ascending) > 0).all()
     table.check_integrity()
 
 

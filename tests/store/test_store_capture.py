@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_faults import mounted
 
-from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig, StoreConfig
+from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig
 from kvstrata.errors import ConfigError
 from kvstrata.sim.capacity import resolve
 from kvstrata.sim.replay import Workload, simulate
@@ -34,6 +34,7 @@ from store_kit import (
     memory_tier,
     nvme_tier,
     save,
+    store_config,
 )
 from store_kit import open_store as open_any
 
@@ -44,7 +45,7 @@ def sample() -> Chains:
 
 
 def open_capturing(folder: Path, *tiers: MemoryTierConfig | NvmeTierConfig, **fields: Any) -> BlockStore:
-    settings = StoreConfig(
+    settings = store_config(
         io_threads=2, io_store_threads=1, batch_blocks=1_024, io_deadline_seconds=60, capture=str(folder),
         **fields,
     )  # fmt: skip

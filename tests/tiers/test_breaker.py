@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.breaker import Breaker
+from kvstrata.tiers.breaker import LOOKS_PER_DEADLINE, Breaker
 
 
 class Medium:
@@ -181,3 +181,78 @@ def test_trip_opens_at_once_and_is_counted_once() -> None:
     assert medium.opened == 1
     medium.now += 10.0
     assert medium.breaker.wants_probe()
+
+
+def test_it_opens_when_an_engine_does_not_answer() -> None:
+    medium = Medium()
+    oldest, forgiven = 0.0, []
+    medium.breaker.watch_engine(lambda: oldest, lambda: forgiven.append(medium.now))
+    assert medium.breaker.closed
+    oldest = 5.1
+    assert medium.breaker.closed, "it looks now and then only"
+    medium.now += 0.1
+    assert not medium.breaker.closed
+    assert medium.breaker.reason == "no answer for 5 s"
+    assert medium.opened == 1
+    oldest = 0.0
+    medium.now += 10.0
+    assert not medium.breaker.closed, "an answer at last is no probe"
+    assert forgiven == []
+    assert medium.breaker.wants_probe()
+    medium.breaker.probed(None)
+    assert medium.breaker.closed and forgiven == [medium.now]
+
+
+def test_it_does_not_ask_the_engine_every_time() -> None:
+    medium = Medium()
+    asked: list[float] = []
+
+    def oldest() -> float:
+        asked.append(medium.now)
+        return 0.0
+
+    medium.breaker.watch_engine(oldest, lambda: None)
+    for _ in range(1_000):
+        assert medium.breaker.closed
+        medium.now += 5.0 / 1_000
+    assert 2 <= len(asked) <= LOOKS_PER_DEADLINE + 1
+
+
+def test_the_older_of_engine_and_upkeep_decides() -> None:
+    for engine, upkeep in ((1.0, 5.1), (5.1, 1.0)):
+        medium = Medium()
+        medium.breaker.watch_engine(lambda age=engine: age, lambda: None)
+        with medium.breaker.watch():
+            medium.now += upkeep
+            assert not medium.breaker.closed
+
+
+def test_errors_of_an_engine_in_their_order() -> None:
+    medium = Medium()
+    medium.breaker.saw([errno.EIO, errno.EIO])
+    medium.breaker.saw([0, 0, 0])
+    medium.breaker.saw([errno.EIO, errno.EIO, 0, errno.EIO, errno.EIO])
+    assert medium.breaker.closed
+    medium.breaker.saw([errno.ENOSPC, 0, 0])
+    assert not medium.breaker.closed, "three in a row, whatever came then"
+    assert "3 errors in a row" in medium.breaker.reason and "No space" in medium.breaker.reason
+    assert medium.telemetry.counters()["io_errors_total"] == {
+        ("nvme", "read", "EIO"): 6,
+        ("nvme", "read", "ENOSPC"): 1,
+    }
+    assert medium.opened == 1
+
+
+def test_what_was_not_begun_says_nothing_of_the_medium() -> None:
+    medium = Medium()
+    medium.breaker.saw([errno.EIO, errno.EIO])
+    medium.breaker.saw([])
+    medium.breaker.saw([errno.EIO])
+    assert not medium.breaker.closed
+
+
+def test_operations_of_an_engine_and_of_upkeep_count_together() -> None:
+    medium = Medium()
+    medium.breaker.saw([errno.EIO, errno.EIO])
+    medium.bad()
+    assert not medium.breaker.closed

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from contracts.tier import TierContract, silent
-from kvstrata.config import NvmeTierConfig, StoreConfig
+from kvstrata.config import IoEngine, NvmeTierConfig, StoreConfig
 from kvstrata.errors import ConfigError
 from kvstrata.table import Placement
 from kvstrata.tiers import LocalTier, NvmeTier
@@ -34,6 +34,7 @@ from store_kit import (
 class NvmeContract(TierContract):
     persistent = True
     direct_io: bool
+    engine: IoEngine = "auto"
 
     def make(
         self,
@@ -49,7 +50,8 @@ class NvmeContract(TierContract):
             ttl_seconds=ttl_seconds,
             direct_io=self.direct_io,
         )
-        return NvmeTier(config, layout, NAMESPACE, StoreConfig(), silent(), FileIO())
+        store = StoreConfig(io_engine=self.engine)
+        return NvmeTier(config, layout, NAMESPACE, store, silent(), FileIO())
 
     def damage(self, tier: LocalTier, placement: Placement) -> None:
         assert isinstance(tier, NvmeTier)
@@ -136,6 +138,10 @@ class TestDirect(NvmeContract):
                 flags.add(int(text.split("flags:")[1].split()[0], 8) & os.O_DIRECT)
         assert flags == {os.O_DIRECT}
         tier.close(clean=True)
+
+
+class TestDirectInThreads(TestDirect):
+    engine = "threads"
 
 
 class TestBuffered(NvmeContract):

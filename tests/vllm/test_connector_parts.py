@@ -14,7 +14,7 @@ import pytest
 from kvstrata.config import parse_config
 from kvstrata.connectors.vllm.identity import weights_fingerprint
 from kvstrata.errors import ConfigError
-from kvstrata.transfer.handle import Start, Transfer
+from kvstrata.transfer.handle import Transfer
 from kvstrata.transfer.plan import Direction
 from kvstrata.types import Outcome
 
@@ -242,7 +242,7 @@ def test_quarantined_rows_are_not_handed_out_until_their_read_has_ended() -> Non
         rows = primary.prepare_write(keys, context).store_spec.block_ids.tolist()
         late = {rows[1], rows[3]}
         transfer = Transfer(Direction.LOAD, 1, deadline_seconds=0.05)
-        assert transfer.begin() is Start.GO  # a read that is in the kernel when the deadline passes
+        transfer.hold(1)  # a read that is in the kernel when the deadline passes
         transfer.wait()
         assert transfer.done and transfer.outcomes == [Outcome.LATE] and not transfer.released
         primary.complete_write(keys, context, False)  # vLLM hears of the failure and frees the rows
@@ -253,7 +253,7 @@ def test_quarantined_rows_are_not_handed_out_until_their_read_has_ended() -> Non
         assert primary.prepare_write([OffloadKey(b"more" + bytes(4))], context) is None
         quarantine.release()
         assert primary.prepare_write([OffloadKey(b"more" + bytes(4))], context) is None
-        assert not transfer.finish(0, Outcome.LOADED)
+        assert not transfer.finish(np.array([0]), [Outcome.LOADED]).any()
         quarantine.release()
         more = [OffloadKey(b"more-%d" % n + bytes(4)) for n in range(2)]
         assert set(primary.prepare_write(more, context).store_spec.block_ids.tolist()) == late

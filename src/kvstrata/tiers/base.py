@@ -25,7 +25,7 @@ from kvstrata.telemetry import BUCKETS_SECONDS, Telemetry
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
-from kvstrata.transfer.engine import Engine, EngineCounts, EngineSettings, OnDone, Rows
+from kvstrata.transfer.engine import Engine, EngineCounts, EngineSettings, Kind, OnDone, Rows
 from kvstrata.transfer.handle import Cancellable
 from kvstrata.transfer.slot_header import REASONS, WRONG_LENGTH
 from kvstrata.transfer.upkeep import Upkeep
@@ -225,11 +225,11 @@ class LocalTier(ABC):
         self.reads.watch_engine(partial(engine.oldest_seconds, loads=True), engine.forgive)
         self.writes.watch_engine(partial(engine.oldest_seconds, loads=False), engine.forgive)
 
-    def _engine_settings(self, ring: bool, in_flight: int, stores_in_flight: int) -> EngineSettings:
+    def _engine_settings(self, kind: Kind, in_flight: int, stores_in_flight: int) -> EngineSettings:
         store = self._store
         waiting = store.load_queue_blocks + 2 * store.queue_blocks
         return EngineSettings(
-            ring=ring,
+            kind=kind,
             workers=in_flight,
             store_workers=stores_in_flight,
             capacity=waiting + store.batch_blocks + in_flight * k.UNIT_BLOCKS,

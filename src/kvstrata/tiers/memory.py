@@ -67,7 +67,9 @@ class MemoryTier(LocalTier):
             on_expired=lambda count: self.telemetry.count("expired_total", self.name, by=count),
         )
         workers = min(self._store.io_threads, len(os.sched_getaffinity(0)))
-        self._start_engine(Engine(f"kvstrata-{self.name}", self._engine_settings(False, workers, workers)))
+        self._start_engine(
+            Engine(f"kvstrata-{self.name}", self._engine_settings("memory", workers, workers))
+        )
         self._opened = True
         return OpenReport(self._slots, seconds=time.monotonic() - started)
 

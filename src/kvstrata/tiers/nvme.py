@@ -59,7 +59,7 @@ from kvstrata.tiers.nvme_prepare import STOP_SECONDS, PrepareReport, SegmentPrep
 from kvstrata.tiers.nvme_restore import PlacedSegment, Restoration
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import PAGE, Arena, Buffers, round_up
-from kvstrata.transfer.engine import Engine, OnDone, Rows
+from kvstrata.transfer.engine import Engine, Kind, OnDone, Rows
 from kvstrata.transfer.file_io import FileIO, is_plain, supports_direct
 from kvstrata.transfer.handle import Cancellable
 from kvstrata.transfer.ring import ring_refused
@@ -171,14 +171,7 @@ class NvmeTier(LocalTier):
                 self.telemetry.event("nvme buffered", f"{self.folder} does not support O_DIRECT")
             self._remember_namespace()
             report, table = self._take_over()
-        except BaseException:
-            self._close_files()
-            lock.release()
-            raise
-        self._lock = lock
-        self._table = table
-        self._start_engine(
-            Engine(
+            engine = Engine(
                 f"kvstrata-{self.name}",
                 self._engine_settings(*self._choose_engine()),
                 stride=self._stride,
@@ -186,7 +179,13 @@ class NvmeTier(LocalTier):
                 space=self._namespace.digest,
                 file_io=self._io,
             )
-        )
+        except BaseException:
+            self._close_files()
+            lock.release()
+            raise
+        self._lock = lock
+        self._table = table
+        self._start_engine(engine)
         self._preparer = self._make_preparer()
         self._opened = True
         self._prepare_ahead()
@@ -198,8 +197,8 @@ class NvmeTier(LocalTier):
             report.from_index,
         )
 
-    def _choose_engine(self) -> tuple[bool, int, int]:
-        """On io_uring?, units in flight, and how many of them store; what was asked for, where it can be.
+    def _choose_engine(self) -> tuple[Kind, int, int]:
+        """Its kind, units in flight, and how many of them store; what was asked for, where it can be.
 
         Without O_DIRECT the kernel hands what io_uring is given to threads of its own: ours know more.
         """
@@ -212,8 +211,8 @@ class NvmeTier(LocalTier):
         if asked == "threads" or refused:
             if refused:
                 self.telemetry.event("nvme without io_uring", f"{self.folder}: {refused}")
-            return False, store.io_threads, store.io_store_threads
-        return True, store.io_depth, max(1, store.io_depth * store.io_store_threads // store.io_threads)
+            return "threads", store.io_threads, store.io_store_threads
+        return "ring", store.io_depth, max(1, store.io_depth * store.io_store_threads // store.io_threads)
 
     def _remember_namespace(self) -> None:
         """For people: a full disk is no reason not to serve what lies on it."""

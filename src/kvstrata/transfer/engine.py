@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,23 +31,28 @@ Rows = NDArray[np.int64]
 """(blocks, k.COLUMNS): one row per block, see `engine_kernels`."""
 Positions = NDArray[np.int64]
 
+RING_ENTRIES = 1024
+"""Room for the parts of all units in flight."""
 MUTEX_BYTES = 128
 """Room for a mutex or a condition of the C library, whatever the architecture."""
 
+Kind = Literal["memory", "threads", "ring"]
 OnDone = Callable[[Rows], None]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """ring: one thread on io_uring instead of threads that wait; file operations only. workers,
-    store_workers: units in flight (a thread each, without a ring), and how many of them store at a time.
+    """kind: what workers do. On rings two threads keep all units in flight, else a thread each waits.
+
+    workers, store_workers: units in flight, and how many of them store at a time.
 
     capacity: blocks that may be queued or moving. merge_bytes: neighbours are moved by one call up to so
     much. part_bytes: a larger block moves in so many bytes a call. polite_bytes, polite_seconds: stores
     keep to one such part in flight so long after a load. priority: loads first, and all of that.
+    adaptive: fewer in flight than those where that is as fast.
     """
 
-    ring: bool = False
+    kind: Kind = "threads"
     workers: int = 8
     store_workers: int = 6
     capacity: int = 65_536
@@ -56,6 +61,7 @@ class EngineSettings:
     polite_bytes: int = 1024 * 1024
     polite_seconds: float = 0.02
     priority: bool = True
+    adaptive: bool = True
     signal_bytes: int = 64 * 1024 * 1024
 
 
@@ -127,6 +133,7 @@ class Engine:
         setup[k.POLITE_BYTES] = 1 << 62 if self._hook else settings.polite_bytes
         setup[k.POLITE_NS] = int(settings.polite_seconds * 1e9)
         setup[k.PRIORITY] = settings.priority
+        setup[k.ADAPTIVE] = settings.adaptive
         setup[k.HOOK] = ctypes.cast(self._hook, ctypes.c_void_p).value or 0 if self._hook else 0
         setup[k.DONE_FD] = self._done_fd
         setup[k.SIGNAL_BYTES] = settings.signal_bytes
@@ -136,12 +143,11 @@ class Engine:
         self._operations = np.zeros((capacity, k.COLUMNS), dtype=np.int64)
         self._desks = np.zeros((workers, k.DESK_WORDS), dtype=np.int64)
         vectors = np.zeros((workers, 2 * k.UNIT_BLOCKS, 2), dtype=np.int64)
-        parts = np.zeros_like(vectors)
+        parts = np.zeros((workers, k.UNIT_PARTS, 2), dtype=np.int64)
         self._clocks = np.zeros((workers, 4), dtype=np.int64)
         self._arenas = [_pages(payload_bytes) for _ in range(workers)] if payload_bytes else []
         for number in range(workers):
             desk = self._desks[number]
-            desk[k.DESK_VECTORS] = _address(vectors[number])
             desk[k.DESK_PART] = _address(parts[number])
             desk[k.DESK_CLOCK] = _address(self._clocks[number])
             if self._arenas:
@@ -153,7 +159,7 @@ class Engine:
             np.zeros(capacity, dtype=np.int32),
             np.zeros(capacity, dtype=np.int32),
             np.zeros(capacity, dtype=np.int32),
-            # Rows are free again before their batch is settled, so that there may be more batches than rows.
+            # Rows are free again before their batch is settled: there may be more batches than rows.
             np.zeros(2 * capacity, dtype=np.int64),
             self._control,
             setup,
@@ -174,12 +180,12 @@ class Engine:
         self._idle = threading.Condition(self._book)
         self._reaping = threading.RLock()
         self._forgiven_ns = 0
-        self._ring = Ring(2 * workers) if settings.ring else None
-        if self._ring is not None:
-            setup[k.WAKE_FD] = self._ring.wake_fd
+        self._rings = [Ring(RING_ENTRIES) for _ in range(_ring_count(settings))]
+        for number, ring in enumerate(self._rings):
+            setup[k.WAKE_FD + number] = ring.wake_fd
         self._threads = [
             threading.Thread(target=self._run, args=(n,), name=f"{name}-io-{n}", daemon=True)
-            for n in range(1 if self._ring else workers)
+            for n in range(len(self._rings) or workers)
         ]
         self._working = len(self._threads)
         self._reaper = threading.Thread(target=self._listen, name=f"{name}-done", daemon=True)
@@ -207,12 +213,17 @@ class Engine:
                 self._tell()
 
     def _work(self, number: int) -> None:
-        if self._ring is None:
-            k.work(self._shared, number)
+        rings = len(self._rings)
+        if rings:
+            words = self._rings[number].words
+            assert words is not None
+            own = len(range(number, self.settings.workers, rings))
+            desks = np.zeros((2, own), dtype=np.int32)
+            work_ring(self._shared, words, number, rings, desks[0], desks[1])
+        elif self.settings.kind == "memory":
+            k.work_in_memory(self._shared, number)
         else:
-            assert self._ring.words is not None
-            desks = np.zeros((2, self.settings.workers), dtype=np.int32)
-            work_ring(self._shared, self._ring.words, desks[0], desks[1])
+            k.work(self._shared, number)
 
     # Submitting
 
@@ -321,8 +332,8 @@ class Engine:
                     os.close(self._done_fd)
                     self._done_fd = -1
                     break
-        if self._ring is not None:
-            self._ring.close()
+        for ring in self._rings:
+            ring.close()
 
     # Looking after it
 
@@ -374,6 +385,13 @@ class Engine:
 
 def _address(array: NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
+
+
+def _ring_count(settings: EngineSettings) -> int:
+    """One per core, but no more than two, and none without work for two units."""
+    if settings.kind != "ring":
+        return 0
+    return max(1, min(k.MOST_RINGS, len(os.sched_getaffinity(0)), settings.workers // 2))
 
 
 def _pages(payload_bytes: int) -> Arena:

@@ -65,31 +65,40 @@ LATE = 100
 ) = range(17)  # fmt: skip
 
 # Words of a direction's row of `pace`; behind them, bytes per second seen at each depth of 1, 2, 4, ...
-LIMIT, MOST, LEVEL, TRIED, EPOCH_NS, EPOCH_BYTES, RATES = range(7)
-LEVELS = 9
-EPOCH_LEAST_NS = 10_000_000
-"""How long units are counted before their speed is taken for that of a depth."""
-TRIAL_EVERY = 16
+LIMIT, MOST, LEVEL, TRIED, EPOCH_NS, EPOCH_BYTES, EPOCH_UNITS, RATES = range(8)
+LEVELS = 10
+LOWEST_LEVEL = 2
+"""Four in flight at least: the device works while some of them are verified."""
+EPOCH_LEAST_NS = 20_000_000
+EPOCH_LEAST_UNITS = 8
+"""How long, and how many, units are counted before their speed is taken for that of a depth."""
+TRIAL_EVERY = 12
 """One epoch of so many is spent on a neighbouring depth."""
 GOOD_PERCENT = 98
-"""The smallest depth is chosen that has so much of the best speed: what is in flight is what a load waits
-behind."""
+"""A smaller depth is chosen if it has so much of the speed: what is in flight is what a load waits
+behind. A greater one has to be faster by as much."""
 
 # Words of `setup`
 (
-    MUTEX, WORK, STRIDE, MERGE_BYTES, PART_BYTES, POLITE_BYTES, POLITE_NS, PRIORITY, HOOK, DONE_FD, WAKE_FD,
-    SIGNAL_BYTES, ONE, ONE_ADDRESS, SPACE, SPACE_1, SPACE_2, SPACE_3, SETUP_WORDS,
-) = range(19)  # fmt: skip
+    MUTEX, WORK, STRIDE, MERGE_BYTES, PART_BYTES, POLITE_BYTES, POLITE_NS, PRIORITY, ADAPTIVE, HOOK,
+    DONE_FD, WAKE_FD, WAKE_FD_1, SIGNAL_BYTES, ONE, ONE_ADDRESS, SPACE, SPACE_1, SPACE_2, SPACE_3,
+    SETUP_WORDS,
+) = range(21)  # fmt: skip
 
 # Words of a worker's `desk`
 (
     DESK_BEGAN, DESK_DIRECTION, DESK_COUNT, DESK_TOTAL, DESK_DONE, DESK_ERROR, DESK_PAGES, DESK_BOUNCE,
-    DESK_VECTORS, DESK_PART, DESK_CLOCK, DESK_VECTOR_COUNT, DESK_PART_BYTES, DESK_PAUSED, DESK_WORDS,
-) = range(15)  # fmt: skip
+    DESK_PART, DESK_CLOCK, DESK_VECTOR_COUNT, DESK_PART_BYTES, DESK_FLYING, DESK_USED, DESK_PUSHED_NS,
+    DESK_WORDS,
+) = range(16)  # fmt: skip
 
 NO_DIRECTION, LOADING, STORING = range(3)
+MOST_RINGS = 2
+"""Two threads on rings: one verifies while the other keeps the device busy."""
 UNIT_BLOCKS = 64
 """Blocks of a unit at most; each takes two of the vectors of a call."""
+UNIT_PARTS = 4 * UNIT_BLOCKS
+"""Vectors of all the parts of a unit that are in flight: each part may split one vector more."""
 HOOK_READ, HOOK_WRITE, HOOK_SYNC = range(3)
 PAUSE_MICROSECONDS = 100
 PAUSES = 50
@@ -135,11 +144,13 @@ def _wake_one(s: Shared) -> Any:
 
 
 @part
-def _knock(s: Shared) -> Any:
-    """Wake the worker that waits in a ring."""
-    if s.control[RING_WAITS]:
-        s.control[RING_WAITS] = 0
-        write_bytes(s.setup[WAKE_FD], s.setup[ONE_ADDRESS], 8)
+def _knock(s: Shared, units: int) -> Any:
+    """Wake workers that wait in a ring, as many as there may be units. RING_WAITS has a bit for each."""
+    for ring in range(MOST_RINGS):
+        if units > 0 and s.control[RING_WAITS] & 1 << ring:
+            s.control[RING_WAITS] &= ~(1 << ring)
+            write_bytes(s.setup[WAKE_FD + ring], s.setup[ONE_ADDRESS], 8)
+            units -= 1
 
 
 @part
@@ -242,6 +253,9 @@ def take(s: Shared, desk_number: int, now: int) -> Any:
 
 @part
 def _set_level(pace: Words, level: int) -> Any:
+    level = max(level, LOWEST_LEVEL)
+    while level and 1 << (level - 1) >= pace[MOST]:
+        level -= 1
     pace[LEVEL] = level
     pace[LIMIT] = min(1 << level, pace[MOST])
 
@@ -252,32 +266,31 @@ def _keep_pace(pace: Words, now: int, size: int, saturated: bool) -> Any:
     if not saturated or pace[EPOCH_NS] == 0:
         pace[EPOCH_NS] = now if saturated else 0
         pace[EPOCH_BYTES] = 0
+        pace[EPOCH_UNITS] = 0
         return
     pace[EPOCH_BYTES] += size
+    pace[EPOCH_UNITS] += 1
     passed = now - pace[EPOCH_NS]
-    if passed < EPOCH_LEAST_NS or pace[EPOCH_BYTES] == size:
+    if passed < EPOCH_LEAST_NS or pace[EPOCH_UNITS] < EPOCH_LEAST_UNITS:
         return
     level = pace[LEVEL]
     rate = pace[EPOCH_BYTES] * 1_000_000_000 // passed
-    pace[RATES + level] = rate if pace[RATES + level] == 0 else (3 * pace[RATES + level] + rate) // 4
+    known = pace[RATES + level]
+    pace[RATES + level] = rate if known == 0 else (7 * known + rate) // 8
     pace[EPOCH_NS] = now
     pace[EPOCH_BYTES] = 0
+    pace[EPOCH_UNITS] = 0
     pace[TRIED] += 1
-    top = 0
-    while 1 << top < pace[MOST]:
-        top += 1
-    best = 0
-    for other in range(top + 1):
-        best = max(best, pace[RATES + other])
-    choice = level
-    for other in range(top, -1, -1):
-        if pace[RATES + other] * 100 >= best * GOOD_PERCENT:
-            choice = other
     if pace[TRIED] % TRIAL_EVERY == 0:
         # In turn the depth below and the one above.
         step = -1 if pace[TRIED] // TRIAL_EVERY % 2 else 1
-        choice = min(max(choice + step, 0), top)
-    _set_level(pace, choice)
+        _set_level(pace, level + step)
+        return
+    below, here, above = level - 1, pace[RATES + level], level + 1
+    if below >= LOWEST_LEVEL and pace[RATES + below] * 100 >= here * GOOD_PERCENT:
+        _set_level(pace, below)
+    elif here * 100 < pace[RATES + above] * GOOD_PERCENT:
+        _set_level(pace, above)
 
 
 @part
@@ -295,12 +308,14 @@ def put_back(s: Shared, desk_number: int, now: int) -> Any:
         control[LOADS_RUNNING] -= 1
         control[LOAD_UNITS] += 1
         control[LAST_LOAD_NS] = now
-        _keep_pace(s.pace[0], now, size, control[LOAD_HEAD] != control[LOAD_TAIL])
+        if s.setup[ADAPTIVE]:
+            _keep_pace(s.pace[0], now, size, control[LOAD_HEAD] != control[LOAD_TAIL])
     else:
         control[STORES_RUNNING] -= 1
         control[STORE_UNITS] += 1
         alone = not s.setup[PRIORITY] or now - control[LAST_LOAD_NS] >= s.setup[POLITE_NS]
-        _keep_pace(s.pace[1], now, size, alone and control[STORE_HEAD] != control[STORE_TAIL])
+        if s.setup[ADAPTIVE]:
+            _keep_pace(s.pace[1], now, size, alone and control[STORE_HEAD] != control[STORE_TAIL])
     desk[DESK_DIRECTION] = NO_DIRECTION
     desk[DESK_COUNT] = 0
     # Somebody may have waited for the place in flight that this unit had.
@@ -354,29 +369,38 @@ def prepare(s: Shared, desk_number: int) -> Any:
     desk[DESK_TOTAL] = total
     desk[DESK_DONE] = 0
     desk[DESK_ERROR] = 0
+    desk[DESK_FLYING] = 0
+    desk[DESK_USED] = 0
 
 
 @part
-def next_part(s: Shared, desk_number: int, limit_bytes: int) -> Any:
-    """Vectors of what is left of the unit, `limit_bytes` at most. Returns how many there are."""
-    desk, vectors, part = s.desks[desk_number], s.vectors[desk_number], s.parts[desk_number]
+def next_part(s: Shared, desk_number: int, limit_bytes: int, at: int) -> Any:
+    """Vectors of what is left of the unit, `limit_bytes` or a little more, from place `at` of its parts.
+
+    Returns how many there are; DESK_PART_BYTES is their size. A rest that is not worth a call of its own
+    goes along.
+    """
+    desk, vectors, parts = s.desks[desk_number], s.vectors[desk_number], s.parts[desk_number]
     skip = desk[DESK_DONE]
     left = limit_bytes
+    if desk[DESK_TOTAL] - skip <= limit_bytes + limit_bytes // 2:
+        left = desk[DESK_TOTAL] - skip
+    size = left
     count = 0
     for place in range(desk[DESK_VECTOR_COUNT]):
-        size = vectors[place, 1]
-        if skip >= size:
-            skip -= size
+        length = vectors[place, 1]
+        if skip >= length:
+            skip -= length
             continue
         if left == 0:
             break
-        piece = min(size - skip, left)
-        part[count, 0] = vectors[place, 0] + skip
-        part[count, 1] = piece
+        piece = min(length - skip, left)
+        parts[at + count, 0] = vectors[place, 0] + skip
+        parts[at + count, 1] = piece
         skip = 0
         left -= piece
         count += 1
-    desk[DESK_PART_BYTES] = limit_bytes - left
+    desk[DESK_PART_BYTES] = size
     return count
 
 
@@ -497,7 +521,7 @@ def _move_file_unit(s: Shared, desk_number: int) -> Any:
     prepare(s, desk_number)
     going = True
     while going:
-        count = next_part(s, desk_number, part_bytes(s, storing))
+        count = next_part(s, desk_number, part_bytes(s, storing), 0)
         going = take_in(desk, _call(s, desk_number, count), storing)
         if going and storing and s.setup[PRIORITY]:
             _let_loads_pass(s)
@@ -534,44 +558,57 @@ def _move_memory_unit(s: Shared, desk_number: int) -> Any:
         memcpy(op[ADDRESS], op[OFFSET], op[LENGTH])
 
 
-@kernel
-def work(s: Shared, desk_number: int) -> Any:
-    """A worker's life: until the engine closes and nothing is queued."""
+@part
+def _next_unit(s: Shared, desk_number: int) -> Any:
+    """Wait for a unit. False when the engine closes and nothing is queued."""
     desk, control, setup = s.desks[desk_number], s.control, s.setup
     lock(s)
     while True:
-        now = monotonic_ns(desk[DESK_CLOCK])
-        heard = take(s, desk_number, now)
-        if desk[DESK_DIRECTION] == NO_DIRECTION:
-            if heard:
-                unlock(s)
-                tell(s)
-                lock(s)
-                continue
-            if control[CLOSING] and control[STORE_HEAD] == control[STORE_TAIL]:
-                condition_broadcast(setup[WORK])
-                unlock(s)
-                return
-            control[SLEEPING] += 1
-            condition_wait(setup[WORK], setup[MUTEX])
-            control[SLEEPING] -= 1
-            continue
-        unlock(s)
-        if heard:
-            tell(s)
-        if s.operations[s.units[desk_number, 0], KIND] > WRITE:
-            _move_memory_unit(s, desk_number)
-        else:
-            _move_file_unit(s, desk_number)
-            if not end_unit(s, desk_number):
-                move_one_by_one(s, desk_number)
-        now = monotonic_ns(desk[DESK_CLOCK])
-        lock(s)
-        heard = put_back(s, desk_number, now)
-        if heard:
+        heard = take(s, desk_number, monotonic_ns(desk[DESK_CLOCK]))
+        if desk[DESK_DIRECTION] != NO_DIRECTION or heard:
             unlock(s)
-            tell(s)
+            if heard:
+                tell(s)
+            if desk[DESK_DIRECTION] != NO_DIRECTION:
+                return True
             lock(s)
+            continue
+        if control[CLOSING] and control[STORE_HEAD] == control[STORE_TAIL]:
+            condition_broadcast(setup[WORK])
+            unlock(s)
+            return False
+        control[SLEEPING] += 1
+        condition_wait(setup[WORK], setup[MUTEX])
+        control[SLEEPING] -= 1
+
+
+@part
+def _over(s: Shared, desk_number: int) -> Any:
+    """The unit on the desk has its results."""
+    now = monotonic_ns(s.desks[desk_number, DESK_CLOCK])
+    lock(s)
+    heard = put_back(s, desk_number, now)
+    unlock(s)
+    if heard:
+        tell(s)
+
+
+@kernel
+def work(s: Shared, desk_number: int) -> Any:
+    """The life of a worker that moves blocks of files."""
+    while _next_unit(s, desk_number):
+        _move_file_unit(s, desk_number)
+        if not end_unit(s, desk_number):
+            move_one_by_one(s, desk_number)
+        _over(s, desk_number)
+
+
+@kernel
+def work_in_memory(s: Shared, desk_number: int) -> Any:
+    """The life of a worker that moves blocks of memory."""
+    while _next_unit(s, desk_number):
+        _move_memory_unit(s, desk_number)
+        _over(s, desk_number)
 
 
 # Called by Python, with the GIL
@@ -593,7 +630,7 @@ def enqueue(s: Shared, rows: Words, loads: bool, group: int) -> Any:
         control[tail] += 1
     for _ in range(min(len(rows), control[SLEEPING])):
         condition_signal(s.setup[WORK])
-    _knock(s)
+    _knock(s, len(rows))
     unlock(s)
 
 
@@ -654,5 +691,5 @@ def shut(s: Shared, drop: bool) -> Any:
         control[LOAD_HEAD] = control[LOAD_TAIL]
         control[STORE_HEAD] = control[STORE_TAIL]
     condition_broadcast(s.setup[WORK])
-    _knock(s)
+    _knock(s, MOST_RINGS)
     unlock(s)

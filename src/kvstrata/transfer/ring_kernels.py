@@ -10,15 +10,23 @@ from kvstrata.transfer.engine_kernels import (
     DESK_CLOCK,
     DESK_DIRECTION,
     DESK_DONE,
+    DESK_ERROR,
+    DESK_FLYING,
     DESK_PART,
-    DESK_PAUSED,
+    DESK_PART_BYTES,
+    DESK_PUSHED_NS,
+    DESK_TOTAL,
+    DESK_USED,
+    EAGAIN,
     FD,
     FLAGS,
+    LIMIT,
     LOAD_HEAD,
     LOAD_TAIL,
     LOADS_RUNNING,
     NO_DIRECTION,
     OFFSET,
+    PART_BYTES,
     PAUSE_MICROSECONDS,
     PAUSES,
     PRIORITY,
@@ -27,6 +35,8 @@ from kvstrata.transfer.engine_kernels import (
     STORE_TAIL,
     STORING,
     SYNC,
+    UNIT_BLOCKS,
+    UNIT_PARTS,
     Shared,
     end_unit,
     lock,
@@ -36,7 +46,6 @@ from kvstrata.transfer.engine_kernels import (
     prepare,
     put_back,
     take,
-    take_in,
     tell,
     unlock,
 )
@@ -64,7 +73,7 @@ _READV, _WRITEV, _POLL = 1, 2, 6
 _POLLIN = 1
 _DSYNC = 2
 _GETEVENTS = 1
-_WAKE = 1 << 32
+_WAKE = -1
 """User data of the poll; everything else is a desk's number."""
 
 
@@ -85,73 +94,108 @@ def _push(r: RingWords, opcode: int, fd: int, offset: int, address: int, size: i
 
 
 @part
-def _push_part(s: Shared, r: RingWords, desk_number: int) -> Any:
-    """The next part of the unit on a desk."""
-    desk = s.desks[desk_number]
-    storing = desk[DESK_DIRECTION] == STORING
-    count = next_part(s, desk_number, part_bytes(s, storing))
-    op = s.operations[s.units[desk_number, 0]]
-    flags = _DSYNC << 32 if storing and op[FLAGS] & SYNC else 0
-    opcode = _WRITEV if storing else _READV
-    _push(r, opcode, op[FD], op[OFFSET] + desk[DESK_DONE], desk[DESK_PART], count | flags, desk_number)
-
-
-@part
-def _must_pause(s: Shared, desk_number: int, now: int) -> Any:
+def _must_pause(s: Shared, desk_number: int) -> Any:
     """Is this a store that should let loads pass before its next part? Not for long: they must not starve
     it.
     """
     desk = s.desks[desk_number]
     if not s.setup[PRIORITY] or desk[DESK_DIRECTION] != STORING:
         return False
-    if now - desk[DESK_PAUSED] > PAUSES * PAUSE_MICROSECONDS * 1000:
+    if monotonic_ns(desk[DESK_CLOCK]) - desk[DESK_PUSHED_NS] > PAUSES * PAUSE_MICROSECONDS * 1000:
         return False
     control = s.control
     return control[LOADS_RUNNING] > 0 or control[LOAD_HEAD] != control[LOAD_TAIL]
 
 
+@part
+def _push_parts(s: Shared, r: RingWords, desk_number: int) -> Any:
+    """Put the unit's parts in flight: all of them, or one of a store while loads have been seen lately.
+
+    Returns how many were pushed.
+    """
+    desk = s.desks[desk_number]
+    storing = desk[DESK_DIRECTION] == STORING
+    op = s.operations[s.units[desk_number, 0]]
+    flags = _DSYNC << 32 if storing and op[FLAGS] & SYNC else 0
+    opcode = _WRITEV if storing else _READV
+    size = part_bytes(s, storing)
+    polite = storing and size < s.setup[PART_BYTES]
+    pushed = 0
+    while desk[DESK_DONE] < desk[DESK_TOTAL] and desk[DESK_USED] + 2 * UNIT_BLOCKS <= UNIT_PARTS:
+        at = desk[DESK_USED]
+        count = next_part(s, desk_number, size, at)
+        address = desk[DESK_PART] + 16 * at
+        # The size asked for comes back with the answer: a shorter one has to be looked at.
+        data = desk_number | desk[DESK_PART_BYTES] << 16
+        _push(r, opcode, op[FD], op[OFFSET] + desk[DESK_DONE], address, count | flags, data)
+        desk[DESK_DONE] += desk[DESK_PART_BYTES]
+        desk[DESK_USED] += count
+        desk[DESK_FLYING] += 1
+        pushed += 1
+        if polite:
+            break
+    desk[DESK_PUSHED_NS] = monotonic_ns(desk[DESK_CLOCK])
+    return pushed
+
+
 @kernel
-def work_ring(s: Shared, r: RingWords, free: Any, paused: Any) -> Any:
-    """The worker's life. free, paused: (desks,) int32, room for desks without work and with a pause."""
-    clock = s.desks[0, DESK_CLOCK]
-    desks = len(s.desks)
-    for number in range(desks):
-        free[number] = number
+def work_ring(s: Shared, r: RingWords, me: int, rings: int, free: Any, paused: Any) -> Any:
+    """The life of worker `me` of `rings`. Every so many desks are its own.
+
+    free, paused: (desks of its own,) int32, room for desks without work and for those with a pause.
+    """
+    clock = s.desks[me, DESK_CLOCK]
+    desks = len(free)
+    mine = 1 << me
+    for place in range(desks):
+        free[place] = me + place * rings
     free_count, paused_count, flying, pushed = desks, 0, 0, 0
     polling = False
     lock(s)
     while True:
         # Begin what may begin.
-        while free_count:
+        # Its share of what may be in flight: two workers verify more than one does.
+        limit = (max(s.pace[0, LIMIT], s.pace[1, LIMIT]) + rings - 1) // rings
+        while free_count and desks - free_count < limit:
             number = free[free_count - 1]
             heard = take(s, number, monotonic_ns(clock))
             began = s.desks[number, DESK_DIRECTION] != NO_DIRECTION
-            if began:
-                free_count -= 1
-            if began or heard:
-                unlock(s)
-                if heard:
-                    tell(s)
-                if began:
-                    prepare(s, number)
-                    _push_part(s, r, number)
-                    pushed += 1
-                    flying += 1
-                lock(s)
             if not began and not heard:
                 break
-        # Go on with what paused; at once if nothing else is in flight.
+            unlock(s)
+            if heard:
+                tell(s)
+            if began:
+                free_count -= 1
+                prepare(s, number)
+                paused[paused_count] = number
+                paused_count += 1
+                more = _push_parts(s, r, number)
+                flying += more
+                pushed += more
+                if s.desks[number, DESK_DONE] == s.desks[number, DESK_TOTAL]:
+                    paused_count -= 1
+                if pushed:
+                    # At once: the device works while the next unit is prepared.
+                    sent = system_call(ENTER, r.where[RING_FD], pushed, 0, 0, 0, 0)
+                    pushed -= max(0, sent)
+            lock(s)
+        # Go on with what has parts left; at once if nothing is in flight.
         left = 0
         for place in range(paused_count):
             number = paused[place]
-            if flying and _must_pause(s, number, monotonic_ns(clock)):
+            if s.desks[number, DESK_FLYING] or (flying and _must_pause(s, number)):
                 paused[left] = number
                 left += 1
                 continue
             unlock(s)
-            _push_part(s, r, number)
-            pushed += 1
-            flying += 1
+            s.desks[number, DESK_USED] = 0
+            more = _push_parts(s, r, number)
+            flying += more
+            pushed += more
+            if s.desks[number, DESK_DONE] < s.desks[number, DESK_TOTAL]:
+                paused[left] = number
+                left += 1
             lock(s)
         paused_count = left
         control = s.control
@@ -159,7 +203,7 @@ def work_ring(s: Shared, r: RingWords, free: Any, paused: Any) -> Any:
         if control[CLOSING] and idle and not flying and not paused_count:
             unlock(s)
             return
-        control[RING_WAITS] = 1
+        control[RING_WAITS] |= mine
         unlock(s)
         if not polling:
             _push(r, _POLL, r.where[WAKE_FD], 0, 0, _POLLIN << 32, _WAKE)
@@ -167,8 +211,7 @@ def work_ring(s: Shared, r: RingWords, free: Any, paused: Any) -> Any:
             polling = True
         # Submit, and wait for one answer at least: a completion, or somebody's knock.
         sent = system_call(ENTER, r.where[RING_FD], pushed, 1, _GETEVENTS, 0, 0)
-        if sent >= 0:
-            pushed -= sent
+        pushed -= max(0, sent)
         head = r.ring[r.where[CQ_HEAD]]
         while head != atomic_load(r.ring, r.where[CQ_TAIL]):
             entry = r.completions[head & r.where[CQ_MASK]]
@@ -180,25 +223,24 @@ def work_ring(s: Shared, r: RingWords, free: Any, paused: Any) -> Any:
                 polling = False
                 continue
             result &= 0xFFFFFFFF
-            if result >= 1 << 31:
-                result -= 1 << 32
-            desk = s.desks[data]
-            storing = desk[DESK_DIRECTION] == STORING
+            number = data & 0xFFFF
+            desk = s.desks[number]
             flying -= 1
-            if take_in(desk, result, storing):
-                desk[DESK_PAUSED] = monotonic_ns(clock)
-                paused[paused_count] = data
-                paused_count += 1
+            desk[DESK_FLYING] -= 1
+            if result != data >> 16:
+                desk[DESK_ERROR] = -EAGAIN
+            if desk[DESK_FLYING] or desk[DESK_DONE] < desk[DESK_TOTAL]:
                 continue
-            if not end_unit(s, data):
-                move_one_by_one(s, data)
+            if desk[DESK_ERROR] or not end_unit(s, number):
+                # An error, or less than was asked for: row by row, by calls that say what it is.
+                move_one_by_one(s, number)
             now = monotonic_ns(clock)
             lock(s)
-            heard = put_back(s, data, now)
+            heard = put_back(s, number, now)
             unlock(s)
-            free[free_count] = data
+            free[free_count] = number
             free_count += 1
             if heard:
                 tell(s)
         lock(s)
-        s.control[RING_WAITS] = 0
+        s.control[RING_WAITS] &= ~mine
