@@ -97,7 +97,6 @@ class BlockStore:
         self._requests = itertools.count(1)
         self._closed = False
         self._close_lock = threading.Lock()
-        self._flush_lock = threading.Lock()
         settings = config.store
         self._capture: Capture | None = None
         if settings.capture:
@@ -384,24 +383,12 @@ class BlockStore:
         until = time.monotonic() + limit
         if not self._stack.drain(until):
             return False
-        # One thread at a time waits for a medium that does not answer, however often this is called.
-        if not self._flush_lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            return False
-        flushed: list[bool] = []
-        done = _within(max(0.0, until - time.monotonic()), lambda: flushed.append(self._flush_tiers()))
-        return done and flushed == [True]
-
-    def _flush_tiers(self) -> bool:
         try:
-            for tier in self._stack:
-                if tier.opened:
-                    tier.flush()
+            flushed = [tier.flush_by(until) for tier in self._stack if tier.opened]
         except OSError as error:
             self.telemetry.event("flush failed", str(error))
             return False
-        finally:
-            self._flush_lock.release()
-        return True
+        return all(flushed)
 
     def status(self) -> list[TierStatus]:
         """Every tier, fastest first."""

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstrata.jit import holding_gil
 from kvstrata.policies import make_policy
 from kvstrata.policies.lists import Ids
 from kvstrata.types import BlockKey, Lookup
@@ -122,6 +123,16 @@ ENTRY_DTYPE = np.dtype(
 """A resident block as it goes into or comes out of an index file; arrays of them are coldest first."""
 
 
+@holding_gil
+def shift_pins(pins: NDArray[np.int32], indices: Column, by: int) -> int:
+    """pins[indices] += by, for every time that an index is there; returns the least that came of it."""
+    least = 0
+    for index in indices:
+        pins[index] += by
+        least = min(least, pins[index])
+    return least
+
+
 def unix_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -203,7 +214,7 @@ class BlockTable:
                 positions = np.array([n for n, key in enumerate(keys) if key in resident], dtype=np.int64)
                 kept = [keys[n] for n in positions.tolist()]
             indices = np.array(found, dtype=np.int64)
-            np.add.at(self._pins, indices, 1)
+            shift_pins(self._pins, indices, 1)
             return self._placements(positions, indices, kept)
 
     def _placements(self, positions: Column, indices: Column, keys: list[BlockKey]) -> Placements:
@@ -221,8 +232,7 @@ class BlockTable:
             self._unpin(indices)
 
     def _unpin(self, indices: Column) -> None:
-        assert (self._pins[indices] > 0).all(), "a placement was unpinned twice"
-        np.subtract.at(self._pins, indices, 1)
+        assert shift_pins(self._pins, indices, -1) >= 0, "a placement was unpinned twice"
         ended = indices[(self._pins[indices] == 0) & (self._state[indices] == DOOMED)]
         for index in ended.tolist():
             if self._state[index] == DOOMED:

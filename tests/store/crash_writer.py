@@ -1,8 +1,8 @@
 """The writer that test_crash.py kills. Not a test.
 
-One process that has paid for its imports forks a child per round. The child opens the store and saves,
-loads, evicts, flushes and reopens until it is killed; the forking process kills it after the time it
-was told, with SIGKILL, and says so. Reports go to a file that outlives the child, one JSON line each:
+One process that has paid for its imports and kernels forks a child per round. The child opens the store
+and saves, loads, evicts, flushes and reopens until it is killed; the forking process kills it after the
+time it was told, with SIGKILL, and says so. Reports go to a file that outlives the child, one JSON line each:
 
     {"open": [slots]}              the store is open
     {"submit": [chain, length]}    written before the chain's save is called, in the order of the calls
@@ -18,6 +18,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -131,7 +132,19 @@ def write_until_killed(order: dict[str, object], report: int) -> None:
         store.close()
 
 
+def make_ready() -> None:
+    """Compile or load every kernel here: the children are killed before they could."""
+    with tempfile.TemporaryDirectory() as folder:
+        for direct in (True, False):
+            nvme = nvme_tier(Path(folder) / str(direct), direct_io=direct)
+            with open_store(memory_tier(24), nvme) as store:
+                keys = chain(1, 4)
+                store.save(keys, contents(keys)).wait()
+                store.load(store.lookup(keys), [bytearray(8192) for _ in keys]).wait()
+
+
 def main() -> None:
+    make_ready()
     for line in sys.stdin:
         order = json.loads(line)
         report = os.open(order["report"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -87,7 +87,9 @@ def run(script: str) -> None:
 
 def start(folder: Path, engine: str, *, faulty: bool = False) -> str:
     path = [str(HERE), str(HERE.parent)]
-    return START.format(path=path, folder=str(folder), capacity=CAPACITY_BYTES, engine=engine, faulty=faulty)
+    return START.format(
+        path=path, folder=str(folder), capacity=CAPACITY_BYTES, engine=engine, faulty=faulty
+    )
 
 
 @pytest.mark.parametrize("engine", ["auto", "threads"])
@@ -99,16 +101,20 @@ def test_a_process_ends_without_closing(how: str, engine: str, tmp_path: Path) -
         assert store.status()[0].blocks >= 8, "what was flushed is there"
 
 
-@pytest.mark.parametrize("op", ["write", "read", "sync"])
-def test_a_process_ends_while_the_medium_hangs(op: str, tmp_path: Path) -> None:
-    hang = f"""
-io.hang({op!r})
-store.discard(keys[:4]) if {op == "write"} else None
+HANGS = {
+    "write": "transfer = store.save(chain(2, 4), contents(chain(2, 4)))",
+    "read": """
 store.tiers[0].table.discard(keys)
-first = store.save(keys, contents(keys))
-second = store.load(store.lookup(keys), [bytearray(8192) for _ in keys])
-if {op == "sync"}:
-    threading.Thread(target=store.flush, daemon=True).start()
-io.wait_hanging({op!r})
-"""
+transfer = store.load(store.lookup(keys), [bytearray(8192) for _ in keys])
+""",
+    "sync": """
+assert set(save(store, chain(2, 4))) == {Outcome.SAVED}
+threading.Thread(target=store.flush, daemon=True).start()
+""",
+}
+
+
+@pytest.mark.parametrize("op", HANGS)
+def test_a_process_ends_while_the_medium_hangs(op: str, tmp_path: Path) -> None:
+    hang = f"io.hang({op!r})\n{HANGS[op]}\nio.wait_hanging({op!r})\n"
     run(start(tmp_path, "auto", faulty=True) + hang)

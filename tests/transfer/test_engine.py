@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from engine_kit import (
     FILE_KINDS,
     SEGMENT,
@@ -34,6 +34,7 @@ from engine_kit import (
     run,
     write_all,
 )
+
 from faulty_io import FaultyIO
 from kvstrata.tiers.nvme_format import SlotHeader
 from kvstrata.transfer import engine_kernels as k
@@ -150,7 +151,7 @@ def test_neighbours_move_together(kind: Kind, order: str, tmp_path: Path) -> Non
         numbers.reverse()
     elif order == "random":
         random.Random(3).shuffle(numbers)
-    pairs = sum(b == a + 1 for a, b in zip(numbers, numbers[1:], strict=False))
+    pairs = sum(b == a + 1 for a, b in itertools.pairwise(numbers))
     assert (order == "chain") == (pairs == slots - 1) and (order == "reversed") == (pairs == 0)
     source, target = Memory(slots, size), Memory(slots, size)
     for number in range(slots):
@@ -185,9 +186,7 @@ def test_what_is_no_neighbour_is_not_merged(kind: Kind, tmp_path: Path) -> None:
     memory, odd = Memory(4, PAGE), Memory(4, PAGE, 1)
     with closing(files[0].engine(kind)) as engine:
         # Slots 0 and 1 of two files in turn; then a buffer in the middle that must be copied.
-        rows = np.concatenate(
-            [files[n % 2].rows(k.WRITE, [n // 2], [memory.address(n)]) for n in range(4)]
-        )
+        rows = np.concatenate([files[n % 2].rows(k.WRITE, [n // 2], [memory.address(n)]) for n in range(4)])
         rows[:, k.POSITION] = range(4)
         assert results(run(engine, rows, loads=False)) == [GOOD] * 4
         addresses = memory.addresses(range(4))
@@ -211,9 +210,7 @@ def test_parts_smaller_than_a_block(kind: Kind, merge_bytes: int, tmp_path: Path
         assert results(run(engine, rows, loads=True)) == [GOOD] * slots
         # Beside each other, so that stores pause between their parts.
         heard = Heard()
-        engine.submit(
-            file.rows(k.WRITE, [0, 1], source.addresses([0, 1])), loads=False, on_done=Heard()
-        )
+        engine.submit(file.rows(k.WRITE, [0, 1], source.addresses([0, 1])), loads=False, on_done=Heard())
         for _ in range(10):
             engine.submit(rows[2:], loads=True, on_done=heard)
         assert (heard.wait(40)[:, k.RESULT] == GOOD).all()
@@ -337,7 +334,9 @@ def test_descriptors_that_cannot_be_used(kind: Kind, tmp_path: Path) -> None:
             (read_only, [-errno.EBADF] * 4, [GOOD] * 4),
         ):
             addresses = memory.addresses(range(4))
-            assert results(run(engine, file.rows(k.WRITE, range(4), addresses, fd=fd), loads=False)) == write
+            assert (
+                results(run(engine, file.rows(k.WRITE, range(4), addresses, fd=fd), loads=False)) == write
+            )
             rows = file.rows(k.READ, range(4), addresses, checksums=sums, fd=fd)
             assert results(run(engine, rows, loads=True)) == read
     os.close(read_only)
@@ -637,9 +636,10 @@ def test_more_than_there_is_room_for_is_late(tmp_path: Path, io: FaultyIO) -> No
         assert len(batch.cancel()) == 0, "it was heard of already"
         io.release()
         assert results(waiting.wait(2)) == [GOOD] * 2 and results(first.wait(1)) == [GOOD]
-        assert results(run(engine, file.rows(k.WRITE, [3, 4], memory.addresses([3, 4])), loads=False)) == [
-            GOOD
-        ] * 2
+        assert (
+            results(run(engine, file.rows(k.WRITE, [3, 4], memory.addresses([3, 4])), loads=False))
+            == [GOOD] * 2
+        )
         rows = file.rows(k.WRITE, range(5), memory.addresses(range(5)))
         assert results(run(engine, rows, loads=False)) == [k.LATE] * 5, "more than ever fit"
 
@@ -996,9 +996,7 @@ def test_many_callers_against_a_dictionary(kind: Kind, block_bytes: int, tmp_pat
     settings = {"merge_bytes": 6 * 8192, "part_bytes": 4 * PAGE, "polite_bytes": 2 * PAGE}
     failures: list[BaseException] = []
     with closing(file.engine(kind, capacity=callers * each, **settings)) as engine:
-        made = [
-            Caller(engine, file, range(n * each, (n + 1) * each), seed=100 * n) for n in range(callers)
-        ]
+        made = [Caller(engine, file, range(n * each, (n + 1) * each), seed=100 * n) for n in range(callers)]
 
         def work(caller: Caller) -> None:
             try:

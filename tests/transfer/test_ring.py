@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from engine_kit import WAIT_SECONDS, Heard, Memory, SlotFile, needs
+
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.ring import Ring, ring_refused
 from store_kit import descriptors

@@ -284,6 +284,10 @@ class LocalTier(ABC):
         """What was written survives a power loss from here on. Raises OSError."""
 
     @abstractmethod
+    def flush_by(self, until: float) -> bool:
+        """`flush` by the engine: False if the medium has not answered at a moment of time.monotonic."""
+
+    @abstractmethod
     def close(self, *, clean: bool) -> None:
         """Release everything, after `stop`. clean: all I/O has ended, so that the index can be kept.
 

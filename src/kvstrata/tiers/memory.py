@@ -128,6 +128,9 @@ class MemoryTier(LocalTier):
     def flush(self) -> None:
         pass
 
+    def flush_by(self, until: float) -> bool:
+        return True
+
     def close(self, *, clean: bool) -> None:
         if self._care is not None:
             self._care.close()

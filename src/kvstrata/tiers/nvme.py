@@ -29,7 +29,7 @@ from kvstrata.config import NvmeTierConfig, StoreConfig, format_size
 from kvstrata.errors import ConfigError
 from kvstrata.table import BlockTable, Placements, unix_ms
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import LocalTier, OpenReport, Words
+from kvstrata.tiers.base import NEVER_NS, LocalTier, OpenReport, Words
 from kvstrata.tiers.nvme_folder import (
     LEFTOVER_GLOBS,
     FolderLock,
@@ -59,7 +59,7 @@ from kvstrata.tiers.nvme_prepare import STOP_SECONDS, PrepareReport, SegmentPrep
 from kvstrata.tiers.nvme_restore import PlacedSegment, Restoration
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import PAGE, Arena, Buffers, round_up
-from kvstrata.transfer.engine import Engine, Kind, OnDone, Rows
+from kvstrata.transfer.engine import Batch, Engine, Kind, OnDone, Rows
 from kvstrata.transfer.file_io import FileIO, is_plain, supports_direct
 from kvstrata.transfer.handle import Cancellable
 from kvstrata.transfer.ring import ring_refused
@@ -114,6 +114,8 @@ class NvmeTier(LocalTier):
         self._segment_slots = self._plan_segment()
         self._segments: list[Segment] = []
         self._by_fd: dict[int, Segment] = {}
+        self._flush_lock = threading.Lock()
+        self._flushing: Batch | None = None
         self._foreign: list[SegmentFile] = []
         self._lock: FolderLock | None = None
         self._direct = config.direct_io
@@ -377,7 +379,7 @@ class NvmeTier(LocalTier):
 
     def _saved(self, on_done: OnDone, owner: object, rows: Rows) -> None:
         # After the write: a flush in between would take the mark away and miss the bytes.
-        for fd in np.unique(rows[rows[:, k.RESULT] != k.LATE, k.FD]).tolist():
+        for fd in set(rows[rows[:, k.RESULT] != k.LATE, k.FD].tolist()):
             self._by_fd[fd].dirty = True
         super()._saved(on_done, owner, rows)
 
@@ -601,6 +603,38 @@ class NvmeTier(LocalTier):
                 except OSError:
                     segment.dirty = True
                     raise
+
+    def flush_by(self, until: float) -> bool:
+        with self._flush_lock:
+            if self._flushing is not None:
+                # However often this is called, one flush at a time waits for a medium that hangs.
+                self._flushing.wait(until)
+                if self._flushing.left:
+                    return False
+            return self._flush_dirty(until)
+
+    def _flush_dirty(self, until: float) -> bool:
+        dirty = [segment for segment in self._segments if segment.dirty and segment.fd >= 0]
+        rows = np.zeros((len(dirty), k.COLUMNS), dtype=np.int64)
+        rows[:, k.KIND] = k.FLUSH
+        rows[:, k.FD] = [segment.fd for segment in dirty]
+        rows[:, k.DEADLINE_NS] = NEVER_NS
+        rows[:, k.POSITION] = np.arange(len(dirty))
+        for segment in dirty:
+            segment.dirty = False
+        failed: list[int] = []
+
+        def on_done(ended: Rows) -> None:
+            for position, result in ended[:, [k.POSITION, k.RESULT]].tolist():
+                if result:
+                    dirty[position].dirty = True
+                    failed.append(-result)
+
+        self._flushing = self._running.submit(rows, loads=False, on_done=on_done)
+        self._flushing.wait(until)
+        if failed:
+            raise OSError(failed[0], os.strerror(failed[0]))
+        return not self._flushing.left
 
     def close(self, *, clean: bool) -> None:
         clean = clean and self.stop(self._store.close_seconds)

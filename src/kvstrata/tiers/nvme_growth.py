@@ -60,6 +60,11 @@ class Growth:
         if self._batch is not None:
             self._batch.help()
 
+    def wait(self, until: float) -> None:
+        """Whoever needs the file waits for more than the engine: see `Transfer.wait`."""
+        if self._batch is not None:
+            self._batch.wait(until)
+
 
 class Batches:
     """Several as one."""
@@ -73,3 +78,7 @@ class Batches:
     def help(self) -> None:
         for batch in self._batches:
             batch.help()
+
+    def wait(self, until: float) -> None:
+        for batch in self._batches:
+            batch.wait(until)

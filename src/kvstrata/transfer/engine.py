@@ -36,6 +36,11 @@ RING_ENTRIES = 1024
 MUTEX_BYTES = 128
 """Room for a mutex or a condition of the C library, whatever the architecture."""
 
+REAP_ROWS = 256
+"""Handed out at a time: numpy gives the GIL up for arrays of 500 elements, and then has to wait for it."""
+WAIT_SECONDS = 0.1
+"""A wait comes back to Python so often, where Ctrl-C is noticed."""
+
 Kind = Literal["memory", "threads", "ring"]
 OnDone = Callable[[Rows], None]
 
@@ -96,6 +101,10 @@ class Batch:
     def help(self) -> None:
         self.engine.reap()
 
+    def wait(self, until: float) -> None:
+        """Until on_done has heard of all of it, or to a moment of time.monotonic."""
+        self.engine.wait_for(self, until)
+
 
 class Engine:
     """name: of its threads. stride: bytes from slot to slot of the files. payload_bytes: of the largest
@@ -118,7 +127,7 @@ class Engine:
         capacity, workers = settings.capacity, settings.workers
         self._hook = _hook(file_io)
         self._done_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._locks = np.zeros(2 * MUTEX_BYTES, dtype=np.uint8)
+        self._locks = np.zeros(3 * MUTEX_BYTES, dtype=np.uint8)
         self._control = np.zeros(k.CONTROL_WORDS, dtype=np.int64)
         self._pace = np.zeros((2, k.RATES + k.LEVELS), dtype=np.int64)
         for pace, most in zip(self._pace, (workers, settings.store_workers), strict=True):
@@ -127,6 +136,7 @@ class Engine:
         setup = np.zeros(k.SETUP_WORDS, dtype=np.int64)
         setup[k.MUTEX] = _address(self._locks)
         setup[k.WORK] = _address(self._locks) + MUTEX_BYTES
+        setup[k.NEWS] = _address(self._locks) + 2 * MUTEX_BYTES
         setup[k.STRIDE] = stride
         setup[k.MERGE_BYTES] = 0 if self._hook else settings.merge_bytes
         setup[k.PART_BYTES] = 1 << 62 if self._hook else settings.part_bytes
@@ -175,7 +185,7 @@ class Engine:
         self._batches: dict[int, Batch] = {}
         self._outstanding = 0
         self._closed = False
-        self._reaped = np.zeros(capacity, dtype=np.int32)
+        self._reaped = np.zeros(REAP_ROWS, dtype=np.int32)
         self._book = threading.Lock()
         self._idle = threading.Condition(self._book)
         self._reaping = threading.RLock()
@@ -198,8 +208,11 @@ class Engine:
         none = np.zeros(0, dtype=np.int32)
         self._control[k.CLOSING] = 1  # workers that begin now end at once
         self._work(0)
-        k.enqueue(self._shared, none, True, 0)
-        k.reap(self._shared, self._reaped)
+        rows = np.zeros((REAP_ROWS, k.COLUMNS), dtype=np.int64)
+        k.enqueue(self._shared, none, rows, True, 0)
+        k.reap(self._shared, self._reaped, rows)
+        k.announce(self._shared)
+        k.await_news(self._shared, 0, np.zeros(2, dtype=np.int64))
         k.cancel(self._shared, none, np.zeros(0, dtype=np.bool_))
         k.shut(self._shared, False)
         self._control[k.CLOSING] = 0
@@ -249,8 +262,7 @@ class Engine:
                 group = self._free_groups.pop() if self._free_groups else len(self._batches)
                 batch = Batch(self, group, taken, positions, on_done, count)
                 self._batches[group] = batch
-                self._operations[taken] = rows
-                k.enqueue(self._shared, taken, loads, group)
+                k.enqueue(self._shared, taken, rows, loads, group)
         if full:
             refused = rows.copy()
             refused[:, k.RESULT] = k.LATE
@@ -287,15 +299,20 @@ class Engine:
             self._reaping.release()
 
     def _reap(self) -> None:
+        while self._reap_some():
+            pass
+        k.announce(self._shared)
+
+    def _reap_some(self) -> bool:
+        rows = np.empty((REAP_ROWS, k.COLUMNS), dtype=np.int64)
         with self._book:
-            count = k.reap(self._shared, self._reaped)
+            count = k.reap(self._shared, self._reaped, rows)
             if not count:
-                return
-            rows = self._operations[self._reaped[:count]]
+                return False
+            rows = rows[:count]
             self._give_back(self._reaped[:count])
             groups = rows[:, k.GROUP]
-            numbers = [int(groups[0])] if (groups == groups[0]).all() else np.unique(groups).tolist()
-            batches = [self._batches[number] for number in numbers]
+            batches = [self._batches[number] for number in dict.fromkeys(groups.tolist())]
         for batch in batches:
             mine = rows if len(batches) == 1 else rows[groups == batch.group]
             try:
@@ -304,6 +321,17 @@ class Engine:
                 log.exception("kvstrata: taking in what an engine did raised")
             with self._book:
                 self._settle(batch, len(mine))
+        return True
+
+    def wait_for(self, batch: Batch, until: float) -> None:
+        """Beside a busy thread this is a turn at the GIL sooner than to wait for the thread that reaps."""
+        while batch.left and (left := until - time.monotonic()) > 0:
+            seen = int(self._control[k.NEWS_COUNT])
+            if not batch.left:
+                return
+            end = time.time_ns() + int(min(left, WAIT_SECONDS) * 1e9)
+            k.await_news(self._shared, seen, np.array(divmod(end, 10**9), dtype=np.int64))
+            self.reap()
 
     def _give_back(self, rows: NDArray[np.int32]) -> None:
         self._free[self._free_count : self._free_count + len(rows)] = rows

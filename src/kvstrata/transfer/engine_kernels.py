@@ -21,6 +21,7 @@ from kvstrata.transfer.native import (
     condition_broadcast,
     condition_signal,
     condition_wait,
+    condition_wait_until,
     fdatasync,
     fill_bytes,
     last_error,
@@ -47,8 +48,9 @@ EINTR, EIO, EAGAIN = 4, 5, 11
     COLUMNS,
 ) = range(25)  # fmt: skip
 
-READ, WRITE, FETCH, KEEP = range(4)
-"""Slot of a file to buffer, buffer to slot; memory to buffer (OFFSET: address), buffer to memory."""
+READ, WRITE, FLUSH, FETCH, KEEP = range(5)
+"""Slot of a file to buffer, buffer to slot, file to medium; memory (OFFSET: address) to buffer, and back.
+"""
 
 BOUNCE, KNOWN, VERIFY, SYNC, DIRECT = 1, 2, 4, 8, 16
 """Through an aligned buffer; CHECKSUM is given; verify a FETCH; sync after the write; whole pages."""
@@ -60,9 +62,9 @@ LATE = 100
 # Words of `control`
 (
     LOAD_HEAD, LOAD_TAIL, STORE_HEAD, STORE_TAIL, LOADS_RUNNING, STORES_RUNNING, CLOSING, DONE_COUNT,
-    UNREAPED_BYTES, SIGNALLED, LAST_LOAD_NS, SLEEPING, RING_WAITS, LOAD_UNITS, STORE_UNITS, MERGED,
-    CONTROL_WORDS,
-) = range(17)  # fmt: skip
+    UNREAPED_BYTES, SIGNALLED, LAST_LOAD_NS, NEWS_COUNT, SLEEPING, RING_WAITS, LOAD_UNITS, STORE_UNITS,
+    MERGED, CONTROL_WORDS,
+) = range(18)  # fmt: skip
 
 # Words of a direction's row of `pace`; behind them, bytes per second seen at each depth of 1, 2, 4, ...
 LIMIT, MOST, LEVEL, TRIED, EPOCH_NS, EPOCH_BYTES, EPOCH_UNITS, RATES = range(8)
@@ -80,10 +82,10 @@ behind. A greater one has to be faster by as much."""
 
 # Words of `setup`
 (
-    MUTEX, WORK, STRIDE, MERGE_BYTES, PART_BYTES, POLITE_BYTES, POLITE_NS, PRIORITY, ADAPTIVE, HOOK,
+    MUTEX, WORK, NEWS, STRIDE, MERGE_BYTES, PART_BYTES, POLITE_BYTES, POLITE_NS, PRIORITY, ADAPTIVE, HOOK,
     DONE_FD, WAKE_FD, WAKE_FD_1, SIGNAL_BYTES, ONE, ONE_ADDRESS, SPACE, SPACE_1, SPACE_2, SPACE_3,
     SETUP_WORDS,
-) = range(21)  # fmt: skip
+) = range(22)  # fmt: skip
 
 # Words of a worker's `desk`
 (
@@ -166,6 +168,7 @@ def _finish_row(s: Shared, row: int) -> Any:
     wanted = s.groups[op[GROUP]] == 0 or control[UNREAPED_BYTES] >= s.setup[SIGNAL_BYTES]
     if wanted and control[SIGNALLED] == 0:
         control[SIGNALLED] = 1
+        condition_broadcast(s.setup[NEWS])
         return True
     return False
 
@@ -201,6 +204,7 @@ def _take_from(
             last = operations[unit[count - 1]]
             if (
                 op[KIND] > WRITE
+                or last[KIND] > WRITE
                 or op[FD] != last[FD]
                 or op[OFFSET] != last[OFFSET] + s.setup[STRIDE]
                 or op[LENGTH] + PAGE != s.setup[STRIDE]
@@ -333,6 +337,8 @@ def prepare(s: Shared, desk_number: int) -> Any:
     desk, setup = s.desks[desk_number], s.setup
     vectors = s.vectors[desk_number]
     count = desk[DESK_COUNT]
+    if s.operations[s.units[desk_number, 0], KIND] == FLUSH:
+        count = 0
     total = 0
     for place in range(count):
         op = s.operations[s.units[desk_number, place]]
@@ -519,14 +525,14 @@ def _move_file_unit(s: Shared, desk_number: int) -> Any:
     desk = s.desks[desk_number]
     storing = desk[DESK_DIRECTION] == STORING
     prepare(s, desk_number)
-    going = True
+    going = desk[DESK_TOTAL] > 0
     while going:
         count = next_part(s, desk_number, part_bytes(s, storing), 0)
         going = take_in(desk, _call(s, desk_number, count), storing)
         if going and storing and s.setup[PRIORITY]:
             _let_loads_pass(s)
     op = s.operations[s.units[desk_number, 0]]
-    if storing and op[FLAGS] & SYNC and not desk[DESK_ERROR]:
+    if (op[KIND] == FLUSH or (storing and op[FLAGS] & SYNC)) and not desk[DESK_ERROR]:
         desk[DESK_ERROR] = _sync(s, op)
 
 
@@ -615,17 +621,23 @@ def work_in_memory(s: Shared, desk_number: int) -> Any:
 
 
 @holding_gil
-def enqueue(s: Shared, rows: Words, loads: bool, group: int) -> Any:
-    """Rows that are filled go to a queue, in order."""
+def enqueue(s: Shared, rows: Words, fields: Words, loads: bool, group: int) -> Any:
+    """Fields go to rows, and the rows to a queue, in order.
+
+    By this loop: numpy gives the GIL up to copy so much, and has to wait for it afterwards.
+    """
     control = s.control
+    for place in range(len(rows)):
+        for column in range(COLUMNS):
+            s.operations[rows[place], column] = fields[place, column]
+        s.operations[rows[place], STATE] = QUEUED
+        s.operations[rows[place], GROUP] = group
     lock(s)
     queue = s.loads if loads else s.stores
     tail = LOAD_TAIL if loads else STORE_TAIL
     capacity = len(queue)
     s.groups[group] += len(rows)
     for row in rows:
-        s.operations[row, STATE] = QUEUED
-        s.operations[row, GROUP] = group
         queue[control[tail] % capacity] = row
         control[tail] += 1
     for _ in range(min(len(rows), control[SLEEPING])):
@@ -635,18 +647,45 @@ def enqueue(s: Shared, rows: Words, loads: bool, group: int) -> Any:
 
 
 @holding_gil
-def reap(s: Shared, rows: Words) -> Any:
-    """Move the list of what is done to `rows`; returns how many there are."""
+def reap(s: Shared, rows: Words, fields: Words) -> Any:
+    """Take the numbers and the fields of some rows that are done; returns how many there are."""
     control = s.control
     lock(s)
-    count = control[DONE_COUNT]
-    for place in range(count):  # a slice would compile the text of an error about shapes
-        rows[place] = s.done[place]
-    control[DONE_COUNT] = 0
-    control[UNREAPED_BYTES] = 0
-    control[SIGNALLED] = 0
+    count = min(control[DONE_COUNT], len(rows))
+    first = control[DONE_COUNT] - count
+    for place in range(count):
+        rows[place] = s.done[first + place]
+    control[DONE_COUNT] = first
+    if first == 0:
+        control[UNREAPED_BYTES] = 0
+        control[SIGNALLED] = 0
     unlock(s)
+    for place in range(count):
+        for column in range(COLUMNS):
+            fields[place, column] = s.operations[rows[place], column]
     return count
+
+
+@holding_gil
+def announce(s: Shared) -> Any:
+    """Whoever waits for news should look again."""
+    lock(s)
+    s.control[NEWS_COUNT] += 1
+    condition_broadcast(s.setup[NEWS])
+    unlock(s)
+
+
+@kernel
+def await_news(s: Shared, seen: int, until: Words) -> Any:
+    """Wait while nothing is done and nothing was announced since `seen`.
+
+    until: seconds and nanoseconds of the realtime clock, (2,) int64.
+    """
+    lock(s)
+    while s.control[NEWS_COUNT] == seen and s.control[SIGNALLED] == 0:
+        if condition_wait_until(s.setup[NEWS], s.setup[MUTEX], until.ctypes.data):
+            break
+    unlock(s)
 
 
 @holding_gil

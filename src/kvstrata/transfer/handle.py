@@ -37,6 +37,9 @@ class Cancellable(Protocol):
     def help(self) -> None:
         """Take in what is done, if nobody else is at it."""
 
+    def wait(self, until: float) -> None:
+        """Wait for what an engine is at, to a moment of time.monotonic at most."""
+
 
 class Transfer:
     """blocks: how many outcomes there will be. deadline_seconds: from now, measured on time.monotonic.
@@ -180,6 +183,8 @@ class Transfer:
     def wait(self, seconds: float | None = None) -> bool:
         """Block until done, the deadline, or `seconds`; returns whether done."""
         until = self._deadline if seconds is None else min(self._deadline, time.monotonic() + seconds)
+        for batch, _ in list(self._batches):
+            batch.wait(until)
         with self._changed:
             while self._open and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)

@@ -20,6 +20,8 @@ from kvstrata.transfer.engine_kernels import (
     EAGAIN,
     FD,
     FLAGS,
+    FLUSH,
+    KIND,
     LIMIT,
     LOAD_HEAD,
     LOAD_TAIL,
@@ -69,10 +71,13 @@ from kvstrata.transfer.ring import (
     RingWords,
 )
 
-_READV, _WRITEV, _POLL = 1, 2, 6
+_READV, _WRITEV, _FSYNC, _POLL = 1, 2, 3, 6
+_DATASYNC = 1
 _POLLIN = 1
 _DSYNC = 2
 _GETEVENTS = 1
+_SUBMIT_BYTES = 512 * 1024
+"""So much is handed to the kernel at once, not piece by piece."""
 _WAKE = -1
 """User data of the poll; everything else is a desk's number."""
 
@@ -118,6 +123,10 @@ def _push_parts(s: Shared, r: RingWords, desk_number: int) -> Any:
     op = s.operations[s.units[desk_number, 0]]
     flags = _DSYNC << 32 if storing and op[FLAGS] & SYNC else 0
     opcode = _WRITEV if storing else _READV
+    if op[KIND] == FLUSH:
+        _push(r, _FSYNC, op[FD], 0, 0, _DATASYNC << 32, desk_number)
+        desk[DESK_FLYING] += 1
+        return 1
     size = part_bytes(s, storing)
     polite = storing and size < s.setup[PART_BYTES]
     pushed = 0
@@ -149,7 +158,7 @@ def work_ring(s: Shared, r: RingWords, me: int, rings: int, free: Any, paused: A
     mine = 1 << me
     for place in range(desks):
         free[place] = me + place * rings
-    free_count, paused_count, flying, pushed = desks, 0, 0, 0
+    free_count, paused_count, flying, pushed, waiting_bytes = desks, 0, 0, 0, 0
     polling = False
     lock(s)
     while True:
@@ -175,10 +184,12 @@ def work_ring(s: Shared, r: RingWords, me: int, rings: int, free: Any, paused: A
                 pushed += more
                 if s.desks[number, DESK_DONE] == s.desks[number, DESK_TOTAL]:
                     paused_count -= 1
-                if pushed:
-                    # At once: the device works while the next unit is prepared.
+                waiting_bytes += s.desks[number, DESK_DONE]
+                if waiting_bytes >= _SUBMIT_BYTES:
+                    # Now: the device works while the next unit is prepared.
                     sent = system_call(ENTER, r.where[RING_FD], pushed, 0, 0, 0, 0)
                     pushed -= max(0, sent)
+                    waiting_bytes = 0
             lock(s)
         # Go on with what has parts left; at once if nothing is in flight.
         left = 0
@@ -212,6 +223,7 @@ def work_ring(s: Shared, r: RingWords, me: int, rings: int, free: Any, paused: A
         # Submit, and wait for one answer at least: a completion, or somebody's knock.
         sent = system_call(ENTER, r.where[RING_FD], pushed, 1, _GETEVENTS, 0, 0)
         pushed -= max(0, sent)
+        waiting_bytes = 0
         head = r.ring[r.where[CQ_HEAD]]
         while head != atomic_load(r.ring, r.where[CQ_TAIL]):
             entry = r.completions[head & r.where[CQ_MASK]]
