@@ -1,1 +1,1 @@
-"""Moving bytes: handles of running transfers, the executor, aligned buffers, and file I/O."""
+"""Moving bytes: handles of running transfers, the I/O engine, aligned buffers, and file I/O."""
