@@ -232,7 +232,8 @@ class BlockTable:
             self._unpin(indices)
 
     def _unpin(self, indices: Column) -> None:
-        assert shift_pins(self._pins, indices, -1) >= 0, "a placement was unpinned twice"
+        least = shift_pins(self._pins, indices, -1)
+        assert least >= 0, "a placement was unpinned twice"
         ended = indices[(self._pins[indices] == 0) & (self._state[indices] == DOOMED)]
         for index in ended.tolist():
             if self._state[index] == DOOMED:

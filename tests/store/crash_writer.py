@@ -2,7 +2,8 @@
 
 One process that has paid for its imports and kernels forks a child per round. The child opens the store
 and saves, loads, evicts, flushes and reopens until it is killed; the forking process kills it after the
-time it was told, with SIGKILL, and says so. Reports go to a file that outlives the child, one JSON line each:
+time it was told, with SIGKILL, and says so. Reports go to a file that outlives the child, one JSON line
+each:
 
     {"open": [slots]}              the store is open
     {"submit": [chain, length]}    written before the chain's save is called, in the order of the calls

@@ -522,6 +522,87 @@ def test_a_failing_sync_is_a_failed_write(tmp_path: Path, io: FaultyIO) -> None:
         assert io.calls["sync"] == 3
 
 
+def flushes(*fds: int) -> Rows:
+    rows = np.zeros((len(fds), k.COLUMNS), dtype=np.int64)
+    rows[:, k.KIND] = k.FLUSH
+    rows[:, k.FD] = fds
+    rows[:, k.DEADLINE_NS] = 1 << 62
+    rows[:, k.POSITION] = range(len(fds))
+    return rows
+
+
+def test_files_are_flushed(kind: Kind, tmp_path: Path) -> None:
+    files = [SlotFile(tmp_path / f"{n}", 4, 8192) for n in range(3)]
+    memory = Memory(4, 8192)
+    read_only = os.open(files[0].path, os.O_RDONLY)
+    with closing(files[0].engine(kind)) as engine:
+        write_all(files[0], engine, memory)
+        gone = os.dup(read_only)
+        os.close(gone)
+        fds = [files[0].fd, gone, files[1].fd, read_only]
+        assert results(run(engine, flushes(*fds), loads=False)) == [GOOD, -errno.EBADF, GOOD, GOOD]
+        # Between writes: neither is taken for the other's neighbour.
+        rows = np.concatenate(
+            [
+                flushes(files[2].fd),
+                files[2].rows(k.WRITE, [0, 1], memory.addresses([0, 1])),
+                flushes(files[2].fd, files[2].fd),
+                files[2].rows(k.WRITE, [2, 3], memory.addresses([2, 3])),
+            ]
+        )
+        rows[:, k.POSITION] = range(7)
+        assert results(run(engine, rows, loads=False)) == [GOOD] * 7
+        assert all(files[2].payload(n) == memory.view(n) for n in range(4))
+    for fd in (read_only, *(file.fd for file in files)):
+        os.close(fd)
+
+
+def test_a_flush_that_fails(tmp_path: Path, io: FaultyIO) -> None:
+    file = SlotFile(tmp_path / "file", 1, 8192)
+    with closing(file.engine(file_io=io, workers=1, store_workers=1)) as engine:
+        io.fail(errno.EIO, "sync", times=1)
+        assert results(run(engine, flushes(file.fd, file.fd), loads=False)) == [-errno.EIO, GOOD]
+        assert io.calls["sync"] == 2
+
+
+def test_waiting_for_a_batch(tmp_path: Path, io: FaultyIO) -> None:
+    file = SlotFile(tmp_path / "file", 4, 8192)
+    memory = Memory(4, 8192)
+    engine, _ = hanging(file, io, memory)
+    with closing(engine):
+        heard = Heard()
+        rows = file.rows(k.WRITE, [1, 2, 3], memory.addresses([1, 2, 3]))
+        batch = engine.submit(rows, loads=False, on_done=heard)
+        batch.wait(time.monotonic())
+        batch.wait(time.monotonic() + 0.02)
+        assert heard.count == 0, "it waits no longer than it was told to"
+        waiters = [
+            threading.Thread(target=batch.wait, args=(time.monotonic() + WAIT_SECONDS,)) for _ in range(3)
+        ]
+        for thread in waiters:
+            thread.start()
+        io.release()
+        for thread in waiters:
+            thread.join(WAIT_SECONDS)
+        assert heard.count == 3
+        batch.wait(time.monotonic() + WAIT_SECONDS)
+
+
+def test_a_waiter_hears_of_what_was_taken_back(tmp_path: Path, io: FaultyIO) -> None:
+    file = SlotFile(tmp_path / "file", 4, 8192)
+    memory = Memory(4, 8192)
+    engine, _ = hanging(file, io, memory)
+    with closing(engine):
+        rows = file.rows(k.WRITE, [1, 2], memory.addresses([1, 2]))
+        batch = engine.submit(rows, loads=False, on_done=Heard())
+        waiter = threading.Thread(target=batch.wait, args=(time.monotonic() + WAIT_SECONDS,))
+        waiter.start()
+        assert len(batch.cancel()) == 2
+        waiter.join(WAIT_SECONDS / 10)
+        assert not waiter.is_alive()
+        io.release()
+
+
 # The queue
 
 
