@@ -35,16 +35,21 @@ transfers = [store.save(chain(n, 8), contents(chain(n, 8))) for n in range(2, 40
 targets = [bytearray(8192) for _ in keys]
 store.load(store.lookup(keys), targets)
 """,
-    "busy in threads": """
-def work(first):
-    number = first
-    while True:
-        number += 1
-        store.save(chain(number % 200, 8), contents(chain(number % 200, 8)))
-        store.load(store.lookup(keys), [bytearray(8192) for _ in keys])
-for first in (0, 70, 140):
-    threading.Thread(target=work, args=(first,), daemon=True).start()
-time.sleep(0.2)
+    "very busy": """
+for n in range(2, 150):
+    store.save(chain(n, 3), contents(chain(n, 3)))
+    store.load(store.lookup(keys), [bytearray(8192) for _ in keys])
+""",
+    "memory is being touched": """
+more = open_store(MemoryTierConfig(capacity_bytes=2**30, touch="background"))
+""",
+    "closed after everything else": """
+import atexit
+transfers = [store.save(chain(n, 8), contents(chain(n, 8))) for n in range(2, 40)]
+# As if it had been registered first, so that it comes last.
+atexit._run_exitfuncs()
+store.close()
+assert all(transfer.released for transfer in transfers)
 """,
     "an exception": "raise SystemExit(0)",
     "forked, the child ends": """

@@ -919,6 +919,23 @@ def test_close_leaves_a_hanging_thread_behind(tmp_path: Path, io: FaultyIO) -> N
     assert waiting.count == 0 and io.calls["write"] == 1
 
 
+def test_at_the_end_of_the_process(kind: Kind, tmp_path: Path) -> None:
+    """No thread of the engine runs Python any more; whoever asks still gets what is done."""
+    file = SlotFile(tmp_path / "file", 64, 8192)
+    memory = Memory(64, 8192)
+    engine = file.engine(kind)
+    for thread in engine.leave():
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive()
+    heard = Heard()
+    for number in range(64):
+        engine.submit(
+            file.rows(k.WRITE, [number], [memory.address(number)]), loads=False, on_done=heard
+        ).help()
+    assert engine.close(WAIT_SECONDS)
+    assert heard.count == 64
+
+
 def test_the_age_of_what_runs(tmp_path: Path, io: FaultyIO) -> None:
     file = SlotFile(tmp_path / "file", 4, 8192)
     memory = Memory(4, 8192)

@@ -20,6 +20,7 @@ from kvstrata.config import Touch, format_size
 from kvstrata.jit import kernel
 from kvstrata.telemetry import Telemetry
 from kvstrata.transfer import cuda, numa
+from kvstrata.transfer.at_exit import before_exit
 from kvstrata.transfer.buffers import Arena, address_of
 from kvstrata.transfer.native import atomic_load, last_error
 
@@ -87,6 +88,7 @@ class ArenaCare:
                 target=self._run, args=(touches, driver), name=f"kvstrata-{tier}-touch", daemon=True
             )
             self._thread.start()
+            before_exit(self)
 
     def _place(self, wish: str) -> None:
         policy = numa.choose(wish)
@@ -151,6 +153,12 @@ class ArenaCare:
     def working(self) -> bool:
         """Is the thread still at it?"""
         return self._thread is not None and self._thread.is_alive()
+
+    def leave(self) -> list[threading.Thread]:
+        """The interpreter ends: stop touching."""
+        self._closed = True
+        self._stop[0] = 1
+        return [self._thread] if self._thread is not None else []
 
     def close(self) -> None:
         """Stop touching and take the pin back; waits for one part at most. May be called again."""

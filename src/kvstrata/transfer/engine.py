@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.transfer import engine_kernels as k
+from kvstrata.transfer.at_exit import before_exit
 from kvstrata.transfer.buffers import PAGE, Arena
 from kvstrata.transfer.file_io import FileIO, is_plain
 from kvstrata.transfer.ring import Ring
@@ -185,6 +186,7 @@ class Engine:
         self._batches: dict[int, Batch] = {}
         self._outstanding = 0
         self._closed = False
+        self._leaving = False
         self._reaped = np.zeros(REAP_ROWS, dtype=np.int32)
         self._book = threading.Lock()
         self._idle = threading.Condition(self._book)
@@ -202,6 +204,7 @@ class Engine:
         self._warm()
         for thread in [*self._threads, self._reaper]:
             thread.start()
+        before_exit(self)
 
     def _warm(self) -> None:
         """Load or compile every kernel now: a request's deadline does not wait for a compiler."""
@@ -300,7 +303,8 @@ class Engine:
 
     def _reap(self) -> None:
         while self._reap_some():
-            pass
+            if self._leaving and threading.current_thread() is self._reaper:
+                break
         k.announce(self._shared)
 
     def _reap_some(self) -> bool:
@@ -353,6 +357,8 @@ class Engine:
     def _listen(self) -> None:
         while True:
             os.read(self._done_fd, 8)
+            if self._leaving:
+                return
             with self._reaping:
                 self._reap()
             with self._book:
@@ -393,8 +399,22 @@ class Engine:
 
     def drain(self, seconds: float) -> bool:
         """Wait until everything submitted was handed out; False if that took longer than `seconds`."""
+        until = time.monotonic() + seconds
+        while True:
+            left = until - time.monotonic()
+            with self._book:
+                if self._idle.wait_for(lambda: not self._outstanding, min(left, WAIT_SECONDS)):
+                    return True
+            if left <= WAIT_SECONDS:
+                return False
+            self.reap()  # at the end of the process nobody else does
+
+    def leave(self) -> list[threading.Thread]:
+        """The interpreter ends: from here on what is done is handed out only to who asks."""
         with self._book:
-            return self._idle.wait_for(lambda: not self._outstanding, seconds)
+            self._leaving = True
+            self._tell()
+        return [self._reaper]
 
     def close(self, seconds: float) -> bool:
         """Finish what is queued, then stop. False if a thread hangs in the medium: it is left behind."""
