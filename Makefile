@@ -36,6 +36,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/opening.py --dir .demo
 	$(BIN)/python benchmarks/preparing.py --dir .demo
 	$(BIN)/python benchmarks/file_io.py --dir .demo/bench
+	$(BIN)/python benchmarks/checksum.py
+	$(BIN)/python benchmarks/tiers.py --dir .demo/bench --picture docs/pictures/tiers.svg
 	@test -d ../shared/traces/open || { echo "the real traces are not beside this folder: no simulator"; exit 1; }
 	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/study_grid.py

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from kvstrata.hashing import chain_keys, namespace_digest, wrap_keys
     from kvstrata.store import BlockStore
+    from kvstrata.transfer.buffers import Region
     from kvstrata.types import BlockKey, BlockLayout, Lookup, Namespace, Outcome, PrefixMatch
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Namespace",
     "Outcome",
     "PrefixMatch",
+    "Region",
     "StoreClosedError",
     "TierError",
     "TierUnavailableError",
@@ -59,6 +61,7 @@ _HOME = {
     "Namespace": "types",
     "Outcome": "types",
     "PrefixMatch": "types",
+    "Region": "transfer.buffers",
 }
 
 

@@ -228,7 +228,7 @@ def test_no_driver() -> None:
 
 
 def test_a_library_that_is_no_driver() -> None:
-    with pytest.raises(cuda.PinError, match="has no cuInit"):
+    with pytest.raises(cuda.PinError, match="has no cuGetErrorName"):
         cuda.load_driver("libc.so.6")
 
 

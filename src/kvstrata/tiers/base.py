@@ -30,9 +30,7 @@ from kvstrata.transfer.handle import Cancellable
 from kvstrata.transfer.slot_header import REASONS, WRONG_LENGTH
 from kvstrata.transfer.upkeep import Upkeep
 
-NEVER_NS = 1 << 62
-"""A deadline that does not come."""
-
+NEVER_NS = k.NEVER_NS
 Words = NDArray[np.int64]
 
 

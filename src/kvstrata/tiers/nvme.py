@@ -628,7 +628,7 @@ class NvmeTier(LocalTier):
             for position, result in ended[:, [k.POSITION, k.RESULT]].tolist():
                 if result:
                     dirty[position].dirty = True
-                    failed.append(-result)
+                    failed.append(-result if result < 0 else errno.EBUSY)
 
         self._flushing = self._running.submit(rows, loads=False, on_done=on_done)
         self._flushing.wait(until)

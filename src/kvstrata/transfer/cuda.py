@@ -14,7 +14,6 @@ LIBRARY = "libcuda.so.1"
 _PORTABLE = 1
 """CU_MEMHOSTREGISTER_PORTABLE: pinned for every context of the process, whichever GPU it is for."""
 _FUNCTIONS = (
-    "cuInit",
     "cuGetErrorName",
     "cuDeviceGetCount",
     "cuDeviceGet",
@@ -50,11 +49,11 @@ class Pinned:
     def __init__(self, driver: ctypes.CDLL, address: int, size: int) -> None:
         """Register `size` bytes from `address`; touches every page. Raises PinError.
 
-        Uses the primary context of a GPU that this process already uses, else of the first one.
+        With the primary context of a GPU that this process uses already. CUDA is not begun for it: a
+        context costs memory of the GPU, and a process that forks afterwards must not have one.
         """
         self._driver = driver
         self._address = ctypes.c_void_p(address)
-        self._call("cuInit", 0)
         self._device = self._choose_device()
         self._context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
@@ -79,7 +78,7 @@ class Pinned:
             self._call("cuDevicePrimaryCtxGetState", device, *state)
             if active.value:
                 return device
-        return devices[0]
+        raise PinError("this process uses no GPU")
 
     @contextmanager
     def _current(self) -> Iterator[None]:

@@ -53,8 +53,9 @@ class EngineSettings:
     workers, store_workers: units in flight, and how many of them store at a time.
 
     capacity: blocks that may be queued or moving. merge_bytes: neighbours are moved by one call up to so
-    much. part_bytes: a larger block moves in so many bytes a call. polite_bytes, polite_seconds: stores
-    keep to one such part in flight so long after a load. priority: loads first, and all of that.
+    much, headers included. part_bytes: a larger block moves in so many bytes a call. polite_bytes,
+    polite_seconds: stores keep to one such part in flight so long after a load. priority: loads first, and
+    all of that.
     adaptive: fewer in flight than those where that is as fast.
     """
 
@@ -62,7 +63,7 @@ class EngineSettings:
     workers: int = 8
     store_workers: int = 6
     capacity: int = 65_536
-    merge_bytes: int = 2 * 1024 * 1024
+    merge_bytes: int = 4 * 1024 * 1024
     part_bytes: int = 4 * 1024 * 1024
     polite_bytes: int = 1024 * 1024
     polite_seconds: float = 0.02
@@ -323,8 +324,9 @@ class Engine:
                 batch.on_done(mine)
             except Exception:
                 log.exception("kvstrata: taking in what an engine did raised")
-            with self._book:
-                self._settle(batch, len(mine))
+            finally:  # Ctrl-C may come in between: closing must not wait for these
+                with self._book:
+                    self._settle(batch, len(mine))
         return True
 
     def wait_for(self, batch: Batch, until: float) -> None:
@@ -333,7 +335,7 @@ class Engine:
             seen = int(self._control[k.NEWS_COUNT])
             if not batch.left:
                 return
-            end = time.time_ns() + int(min(left, WAIT_SECONDS) * 1e9)
+            end = time.monotonic_ns() + int(min(left, WAIT_SECONDS) * 1e9)
             k.await_news(self._shared, seen, np.array(divmod(end, 10**9), dtype=np.int64))
             self.reap()
 
@@ -391,7 +393,7 @@ class Engine:
         direction = k.LOADING if loads else k.STORING
         began = self._desks[self._desks[:, k.DESK_DIRECTION] == direction, k.DESK_BEGAN]
         began = began[began > self._forgiven_ns]
-        return (time.monotonic_ns() - int(began.min())) / 1e9 if len(began) else 0.0
+        return max(0, time.monotonic_ns() - int(began.min())) / 1e9 if len(began) else 0.0
 
     def forgive(self) -> None:
         """What runs now does not count for `oldest_seconds` any more."""

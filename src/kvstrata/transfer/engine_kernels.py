@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvstrata.jit import holding_gil, kernel, part
 from kvstrata.transfer.native import (
+    CLOCK_MONOTONIC,
     call_hook,
     condition_broadcast,
     condition_signal,
@@ -56,6 +57,8 @@ BOUNCE, KNOWN, VERIFY, SYNC, DIRECT = 1, 2, 4, 8, 16
 """Through an aligned buffer; CHECKSUM is given; verify a FETCH; sync after the write; whole pages."""
 
 FREE, QUEUED, RUNNING, DONE = range(4)
+NEVER_NS = 1 << 62
+"""A moment that does not come."""
 LATE = 100
 """RESULT of a row whose deadline passed in the queue: nothing touched its buffer."""
 
@@ -210,7 +213,7 @@ def _take_from(
                 or op[LENGTH] + PAGE != s.setup[STRIDE]
                 or last[LENGTH] + PAGE != s.setup[STRIDE]
                 or (op[FLAGS] | last[FLAGS]) & BOUNCE
-                or taken + op[LENGTH] > limit_bytes
+                or taken + s.setup[STRIDE] > limit_bytes
                 or count == UNIT_BLOCKS
             ):
                 break
@@ -220,11 +223,12 @@ def _take_from(
         op[BEGAN_NS] = now
         unit[count] = row
         count += 1
-        taken += op[LENGTH]
+        taken += PAGE + op[LENGTH]
         if taken >= limit_bytes:
             break
     desk[DESK_COUNT] = count
-    desk[DESK_BEGAN] = now
+    # A flush may take as long as the medium likes: it is no sign that reads and writes hang.
+    desk[DESK_BEGAN] = now if count and operations[unit[0], KIND] != FLUSH else NEVER_NS
     return heard
 
 
@@ -679,11 +683,11 @@ def announce(s: Shared) -> Any:
 def await_news(s: Shared, seen: int, until: Words) -> Any:
     """Wait while nothing is done and nothing was announced since `seen`.
 
-    until: seconds and nanoseconds of the realtime clock, (2,) int64.
+    until: seconds and nanoseconds of time.monotonic, (2,) int64.
     """
     lock(s)
     while s.control[NEWS_COUNT] == seen and s.control[SIGNALLED] == 0:
-        if condition_wait_until(s.setup[NEWS], s.setup[MUTEX], until.ctypes.data):
+        if condition_wait_until(s.setup[NEWS], s.setup[MUTEX], CLOCK_MONOTONIC, until.ctypes.data):
             break
     unlock(s)
 

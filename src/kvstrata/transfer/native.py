@@ -129,8 +129,8 @@ mutex_lock = types.ExternalFunction("pthread_mutex_lock", _int(_word))
 mutex_unlock = types.ExternalFunction("pthread_mutex_unlock", _int(_word))
 """A mutex or a condition is zeroed memory at an address, 64 bytes of it at least."""
 condition_wait = types.ExternalFunction("pthread_cond_wait", _int(_word, _word))
-condition_wait_until = types.ExternalFunction("pthread_cond_timedwait", _int(_word, _word, _word))
-"""The third address is that of a timespec of the realtime clock; not 0 when that has come."""
+condition_wait_until = types.ExternalFunction("pthread_cond_clockwait", _int(_word, _word, _int, _word))
+"""A clock and the address of a timespec of it come last; not 0 when that time has come (glibc 2.30)."""
 condition_signal = types.ExternalFunction("pthread_cond_signal", _int(_word))
 condition_broadcast = types.ExternalFunction("pthread_cond_broadcast", _int(_word))
 sleep_microseconds = types.ExternalFunction("usleep", _int(types.uint32))
