@@ -102,29 +102,6 @@ def atomic_add(typing: Any, array: Any, index: Any, value: Any) -> Any:
     return array.dtype(array, types.int64, array.dtype), generate
 
 
-@intrinsic
-def atomic_swap_if(typing: Any, array: Any, index: Any, old: Any, new: Any) -> Any:
-    """If array[index] == old, make it new; returns whether it was."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _element(context, builder, signature.args[0], args[0], args[1])
-        pair = builder.cmpxchg(pointer, args[2], args[3], "seq_cst", "seq_cst")
-        return builder.extract_value(pair, 1)
-
-    return types.boolean(array, types.int64, array.dtype, array.dtype), generate
-
-
-@intrinsic
-def atomic_swap(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index] = value; returns what was there before."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _element(context, builder, signature.args[0], args[0], args[1])
-        return builder.atomic_rmw("xchg", pointer, args[2], "seq_cst")
-
-    return array.dtype(array, types.int64, array.dtype), generate
-
-
 mutex_lock = types.ExternalFunction("pthread_mutex_lock", _int(_word))
 mutex_unlock = types.ExternalFunction("pthread_mutex_unlock", _int(_word))
 """A mutex or a condition is zeroed memory at an address, 64 bytes of it at least."""
