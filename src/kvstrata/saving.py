@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvstrata.admission import AdmissionGate
-from kvstrata.table import Placements
+from kvstrata.table import Placements, joined
 from kvstrata.tier_stack import TierStack
 from kvstrata.tiers import LocalTier
 from kvstrata.tiers.base import Words
@@ -72,6 +72,9 @@ class Saving:
         self._checksums = checksums
         self._counted_as = counted_as or tier.name
         self._first = checksums is None
+        self._lock = threading.Lock()
+        self._left = len(placements)
+        self._in_memory: list[tuple[Placements, Rows]] = []
 
     def start(self) -> None:
         sources = self._sources.take(self._placements.positions)
@@ -95,8 +98,7 @@ class Saving:
         if self._first and self._stack.through and self._tier is self._stack.memory:
             rest = ~committed
         self._finish(positions[rest], [outcomes[row] for row in np.flatnonzero(rest).tolist()])
-        if not rest.all():
-            self._go_through(mine.take(np.flatnonzero(committed)), rows[committed])
+        self._goes_on(len(rows), mine.take(np.flatnonzero(~rest)), rows[~rest])
 
     def _finish(self, positions: Positions, outcomes: list[Outcome]) -> None:
         if not len(positions):
@@ -115,6 +117,19 @@ class Saving:
         """The deadline came before anybody had begun these."""
         self._tier.table.abort_all(self._placements.take(self._placements.at(positions)))
         self._ended(positions)
+        self._goes_on(len(positions))
+
+    def _goes_on(self, ended: int, mine: Placements | None = None, rows: Rows | None = None) -> None:
+        """So many more are over here; those given go through, all of a save in one policy call."""
+        with self._lock:
+            self._left -= ended
+            if mine is not None and rows is not None and len(mine):
+                self._in_memory.append((mine, rows))
+            ready = self._in_memory if self._left == 0 else []
+        if ready:
+            self._go_through(
+                joined([mine for mine, _ in ready]), np.concatenate([rows for _, rows in ready])
+            )
 
     def _go_through(self, mine: Placements, rows: Rows) -> None:
         """What is in memory goes on to the next tier; the deadline holds again, for that may hang."""

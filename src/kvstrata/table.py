@@ -599,6 +599,19 @@ class BlockTable:
             assert len(self._free_ids) == int(np.count_nonzero(states == FREE))
 
 
+def joined(parts: Sequence[Placements]) -> Placements:
+    """One after the other; at least one."""
+
+    def column(name: str) -> Column:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    keys = [key for part in parts for key in part.keys]
+    return Placements(
+        column("positions"), column("indices"), column("slots"), keys, column("lengths"),
+        column("checksums"), column("sequences"), column("expires_ms"),
+    )  # fmt: skip
+
+
 def alone(placement: Placement) -> Placements:
     """One placement as columns."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def opened(folder: Path, engine: IoEngine, *, direct_io: bool = True, io: FileIO
 def kind(tier: NvmeTier) -> tuple[str, int, int]:
     """Of its engine, with units in flight and how many of them store."""
     settings = tier._running.settings
-    io_threads = [t.name for t in threading.enumerate() if t.name.startswith("kvstrata-nvme-io")]
+    io_threads = [thread for thread in tier._running._threads if thread.is_alive()]
     assert 1 <= len(io_threads) <= settings.workers
     assert settings.kind == "ring" or len(io_threads) == settings.workers
     return settings.kind, settings.workers, settings.store_workers

@@ -173,7 +173,7 @@ def test_a_unit_is_bounded(kind: Kind, tmp_path: Path) -> None:
     slots = 2 * k.UNIT_BLOCKS
     file = SlotFile(tmp_path / "file", slots, PAGE)
     memory = Memory(slots, PAGE)
-    for merge_bytes, units in ((2 << 20, 2), (8 * PAGE, slots // 8), (PAGE, slots), (0, slots)):
+    for merge_bytes, units in ((2 << 20, 2), (16 * PAGE, slots // 8), (2 * PAGE, slots), (0, slots)):
         with closing(file.engine(kind, merge_bytes=merge_bytes)) as engine:
             write_all(file, engine, memory, merge_bytes)
             assert engine.counts.stores == units

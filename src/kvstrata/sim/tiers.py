@@ -8,7 +8,7 @@ What happens to a request is what `BlockStore` does, call by call, with the same
     save     one policy call per tier with the whole chain. The first tier takes the blocks that the engine
              has bytes for; what it has no room for is offered to the next one
     below    write_mode "back": one call per lower tier, which takes what it lacks of what is above it.
-             "through": one call per block that the first tier took, then a touch of the chain
+             "through": one call for the blocks that the first tier took, then a touch of the chain
 
 Reads and writes take no time here, so nothing is pinned when a policy is asked, and all blocks from the
 first tier have been read when the first from below is promoted. The live store has memory and nvme; tiers
@@ -426,7 +426,7 @@ class _Run:
     def _write_through(self, policies: list[Policy], chain: Ids, taken: Flags, number: int) -> None:
         for tier in range(1, len(policies)):
             blocks = chain[taken]
-            came = self._one_by_one(policies[tier], blocks)
+            came = self._touch(policies[tier], blocks, np.ones(len(blocks), dtype=np.bool_), 0)
             self._write(ENGINE, tier, "write-through", blocks[came])
             self._touch(policies[tier], chain, np.zeros(len(chain), dtype=np.bool_), number)
 
