@@ -1,4 +1,4 @@
-"""What issue 4 asks to be shown, read off the figures of one session of `tiers.py`."""
+"""What the tiers should be able to do, read off the figures of one session of `tiers.py`."""
 
 from __future__ import annotations
 
