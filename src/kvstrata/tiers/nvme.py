@@ -320,9 +320,13 @@ class NvmeTier(LocalTier):
         # Last: who sees a file here finds everything else about it.
         self._fds = np.array([segment.fd for segment in self._segments], dtype=np.int64)
 
-    def _places(self, placements: Placements, buffers: Buffers) -> tuple[Rows, Words]:
-        """Rows with file, offset and identity of each slot, and the number of each one's segment."""
-        which = np.searchsorted(self._firsts, placements.slots, "right") - 1
+    def _segments_of(self, slots: Words) -> Words:
+        """Number of the segment that each slot lies in."""
+        return np.searchsorted(self._firsts, slots, "right") - 1
+
+    def _places(self, placements: Placements, buffers: Buffers) -> Rows:
+        """Rows with file, offset and identity of each slot."""
+        which = self._segments_of(placements.slots)
         numbers = placements.slots - self._firsts[which]
         rows = np.zeros((len(placements), k.COLUMNS), dtype=np.int64)
         rows[:, k.FD] = self._fds[which]
@@ -333,15 +337,15 @@ class NvmeTier(LocalTier):
         if self._direct:
             odd = (buffers.addresses % PAGE != 0) | (buffers.lengths % PAGE != 0)
             rows[:, k.FLAGS] = np.where(odd, k.DIRECT | k.BOUNCE, k.DIRECT)
-        return rows, which
+        return rows
 
     def _load_rows(self, placements: Placements, targets: Buffers) -> Rows:
-        rows, _ = self._places(placements, targets)
+        rows = self._places(placements, targets)
         rows[:, k.KIND] = k.READ
         return rows
 
     def _save_rows(self, placements: Placements, sources: Buffers) -> Rows:
-        rows, _ = self._places(placements, sources)
+        rows = self._places(placements, sources)
         rows[:, k.KIND] = k.WRITE
         rows[:, k.SEQUENCE] = placements.sequences
         rows[:, k.CREATED_MS] = unix_ms()
@@ -360,7 +364,7 @@ class NvmeTier(LocalTier):
         batches = (
             [self._running.submit(rows[~lacking], loads=False, on_done=finish)] if any(~lacking) else []
         )
-        which = np.searchsorted(self._firsts, placements.slots, "right") - 1
+        which = self._segments_of(placements.slots)
         waiting = []
         for number in np.unique(which[lacking]).tolist():
             growth = Growth(
@@ -458,7 +462,7 @@ class NvmeTier(LocalTier):
 
     def write_failed(self, placements: Placements) -> None:
         slots = set(placements.slots.tolist())
-        for number in np.unique(np.searchsorted(self._firsts, placements.slots, "right") - 1).tolist():
+        for number in np.unique(self._segments_of(placements.slots)).tolist():
             segment = self._segments[number]
             if segment.fd < 0:
                 slots.update(range(segment.first_slot, segment.first_slot + segment.slots))
@@ -668,12 +672,11 @@ class NvmeTier(LocalTier):
                 continue  # somebody took the file away: its blocks end with this process
             row_of[number] = len(rows)
             rows.append((segment.header.segment_id, segment.slots, stat.st_size, stat.st_mtime_ns))
-        firsts = np.array([segment.first_slot for segment in self._segments], np.int64)
         entries = table.entries()
-        segments = np.searchsorted(firsts, entries["slot"], "right") - 1
+        segments = self._segments_of(entries["slot"])
         here = row_of[segments] >= 0
         entries, segments = entries[here], segments[here]
-        placed = index_rows(entries, row_of[segments], entries["slot"] - firsts[segments])
+        placed = index_rows(entries, row_of[segments], entries["slot"] - self._firsts[segments])
         index = IndexFile(self._stride, np.array(rows, INDEX_SEGMENT_DTYPE), placed)
         self._io.write_file(self.folder / INDEX_FILE, index.pack())
 

@@ -23,10 +23,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvstrata.table import ENTRY_DTYPE
+from kvstrata.transfer import slot_header
 from kvstrata.transfer.buffers import PAGE, round_up
+from kvstrata.transfer.slot_header import CHECKED_BYTES, HEADER_BYTES
 
 FORMAT = "kvstrata-nvme"
-VERSION = 1
+VERSION = slot_header.VERSION
 
 MARKER_FILE = "kvstrata.json"
 LOCK_FILE = "LOCK"
@@ -36,13 +38,11 @@ PROBE_FILE = "write.probe"
 SEGMENT_GLOB = "seg-*.kv"
 
 SEGMENT_MAGIC = b"KVSTSEGM"
-SLOT_MAGIC = b"KVSTSLOT"
+SLOT_MAGIC = slot_header.MAGIC
 INDEX_MAGIC = b"KVSTINDX"
 
 _SEGMENT = struct.Struct("<8sHHIQQQQ")
 _SLOT = struct.Struct("<8sHHI32s32sQQQQQQQ")
-_SLOT_HEADER_BYTES = 256
-_CHECKED_BYTES = _SLOT_HEADER_BYTES - 8
 _CHECKSUM = struct.Struct("<Q")
 _INDEX = struct.Struct("<8sHHIQQ")
 
@@ -132,21 +132,21 @@ class SlotHeader:
     def pack_into(self, page: memoryview) -> None:
         """Write the header to the first 256 bytes of a page; the rest of the page is left as it is."""
         _SLOT.pack_into(
-            page, 0, SLOT_MAGIC, VERSION, 0, _SLOT_HEADER_BYTES, self.key, self.namespace,
+            page, 0, SLOT_MAGIC, VERSION, 0, HEADER_BYTES, self.key, self.namespace,
             self.segment_id, self.number, self.length, self.checksum, self.sequence, self.created_ms,
             self.expires_ms,
         )  # fmt: skip
-        page[_SLOT.size : _CHECKED_BYTES] = bytes(_CHECKED_BYTES - _SLOT.size)
-        digest = xxhash.xxh3_64_intdigest(page[:_CHECKED_BYTES])
-        _CHECKSUM.pack_into(page, _CHECKED_BYTES, digest)
+        page[_SLOT.size : CHECKED_BYTES] = bytes(CHECKED_BYTES - _SLOT.size)
+        digest = xxhash.xxh3_64_intdigest(page[:CHECKED_BYTES])
+        _CHECKSUM.pack_into(page, CHECKED_BYTES, digest)
 
     @staticmethod
     def unpack(page: memoryview) -> SlotHeader | None:
         """None for anything that is not an intact header of this version."""
-        if len(page) < _SLOT_HEADER_BYTES or page[:8] != SLOT_MAGIC:
+        if len(page) < HEADER_BYTES or page[:8] != SLOT_MAGIC:
             return None
-        (checksum,) = _CHECKSUM.unpack_from(page, _CHECKED_BYTES)
-        if checksum != xxhash.xxh3_64_intdigest(page[:_CHECKED_BYTES]):
+        (checksum,) = _CHECKSUM.unpack_from(page, CHECKED_BYTES)
+        if checksum != xxhash.xxh3_64_intdigest(page[:CHECKED_BYTES]):
             return None
         _, version, _, _, *fields = _SLOT.unpack_from(page)
         return SlotHeader(*fields) if version == VERSION else None

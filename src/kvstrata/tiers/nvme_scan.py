@@ -32,8 +32,7 @@ from kvstrata.transfer.native import (
     memcpy,
     preadv,
 )
-from kvstrata.transfer.slot_header import CHECKED_BYTES, MAGIC, VERSION
-from kvstrata.transfer.xxh3 import xxh3_64
+from kvstrata.transfer.slot_header import intact
 
 SCAN_THREADS = 32
 """Each reads one page at a time, so this is the queue depth: what a disk needs to show its speed."""
@@ -85,8 +84,6 @@ class ScannedSegment:
         return Counter({state: count for state, count in zip(STATES, counts, strict=True) if count})
 
 
-_MAGIC_WORD = int.from_bytes(MAGIC, "little")
-_VERSION_MASK = 0xFFFF
 _SEGMENT, _NUMBER = (SLOT_HEADER_DTYPE.fields[name][1] for name in ("segment_id", "number"))  # type: ignore[index]
 _KEPT_BYTES = SLOT_HEADER_DTYPE.itemsize
 _EINTR = 4
@@ -100,12 +97,7 @@ def _judge_page(page: int, read: int, segment_id: int, number: int, header: int)
     """State of the slot whose first page lies at an address; an intact header's fields go to `header`."""
     if read < PAGE:
         return MISSING
-    intact = (
-        load_i64(page) == _MAGIC_WORD
-        and load_i64(page + CHECKED_BYTES) == xxh3_64(page, CHECKED_BYTES)
-        and load_i64(page + 8) & _VERSION_MASK == VERSION
-    )
-    if not intact:
+    if not intact(page):
         for place in range(0, PAGE, 8):
             if load_i64(page + place) != 0:
                 return DAMAGED

@@ -180,7 +180,6 @@ class Engine:
             vectors,
             parts,
         )
-        self._setup = setup
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)
         self._free_count = capacity
         self._free_groups: list[int] = []

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from kvstrata.jit import holding_gil, kernel, part
+from kvstrata.transfer.buffers import PAGE
 from kvstrata.transfer.native import (
     CLOCK_MONOTONIC,
     call_hook,
@@ -39,7 +40,6 @@ from kvstrata.transfer.native import (
 from kvstrata.transfer.slot_header import GOOD, WRONG_CHECKSUM, judge_header, make_header
 from kvstrata.transfer.xxh3 import copy_xxh3_64, xxh3_64
 
-PAGE = 4096
 EINTR, EIO, EAGAIN = 4, 5, 11
 
 # Columns of an operation
@@ -143,6 +143,22 @@ def unlock(s: Shared) -> Any:
 
 
 @part
+def loads_wait(s: Shared) -> Any:
+    return s.control[LOAD_HEAD] != s.control[LOAD_TAIL]
+
+
+@part
+def stores_wait(s: Shared) -> Any:
+    return s.control[STORE_HEAD] != s.control[STORE_TAIL]
+
+
+@part
+def loads_about(s: Shared) -> Any:
+    """Does a load wait or run?"""
+    return s.control[LOADS_RUNNING] > 0 or loads_wait(s)
+
+
+@part
 def _wake_one(s: Shared) -> Any:
     if s.control[SLEEPING] > 0:
         condition_signal(s.setup[WORK])
@@ -239,14 +255,14 @@ def take(s: Shared, desk_number: int, now: int) -> Any:
     desk[DESK_DIRECTION] = NO_DIRECTION
     desk[DESK_COUNT] = 0
     heard = False
-    if control[LOAD_HEAD] != control[LOAD_TAIL] and control[LOADS_RUNNING] < s.pace[0, LIMIT]:
+    if loads_wait(s) and control[LOADS_RUNNING] < s.pace[0, LIMIT]:
         heard |= _take_from(s, desk_number, LOAD_HEAD, LOAD_TAIL, s.loads, now, setup[MERGE_BYTES])
         if desk[DESK_COUNT]:
             desk[DESK_DIRECTION] = LOADING
             control[LOADS_RUNNING] += 1
             control[LAST_LOAD_NS] = now
             return heard
-    if control[STORE_HEAD] == control[STORE_TAIL]:
+    if not stores_wait(s):
         return heard
     limit = s.pace[1, LIMIT]
     if setup[PRIORITY] and (control[LOADS_RUNNING] or now - control[LAST_LOAD_NS] < setup[POLITE_NS]):
@@ -317,17 +333,17 @@ def put_back(s: Shared, desk_number: int, now: int) -> Any:
         control[LOAD_UNITS] += 1
         control[LAST_LOAD_NS] = now
         if s.setup[ADAPTIVE]:
-            _keep_pace(s.pace[0], now, size, control[LOAD_HEAD] != control[LOAD_TAIL])
+            _keep_pace(s.pace[0], now, size, loads_wait(s))
     else:
         control[STORES_RUNNING] -= 1
         control[STORE_UNITS] += 1
         alone = not s.setup[PRIORITY] or now - control[LAST_LOAD_NS] >= s.setup[POLITE_NS]
         if s.setup[ADAPTIVE]:
-            _keep_pace(s.pace[1], now, size, alone and control[STORE_HEAD] != control[STORE_TAIL])
+            _keep_pace(s.pace[1], now, size, alone and stores_wait(s))
     desk[DESK_DIRECTION] = NO_DIRECTION
     desk[DESK_COUNT] = 0
     # Somebody may have waited for the place in flight that this unit had.
-    if control[LOAD_HEAD] != control[LOAD_TAIL] or control[STORE_HEAD] != control[STORE_TAIL]:
+    if loads_wait(s) or stores_wait(s):
         _wake_one(s)
     return heard
 
@@ -503,8 +519,7 @@ def _let_loads_pass(s: Shared) -> Any:
     """Between two parts of a store: wait a little while loads wait or run."""
     for _ in range(PAUSES):
         lock(s)
-        control = s.control
-        busy = control[LOADS_RUNNING] > 0 or control[LOAD_HEAD] != control[LOAD_TAIL]
+        busy = loads_about(s)
         unlock(s)
         if not busy:
             return
@@ -583,7 +598,7 @@ def _next_unit(s: Shared, desk_number: int) -> Any:
                 return True
             lock(s)
             continue
-        if control[CLOSING] and control[STORE_HEAD] == control[STORE_TAIL]:
+        if control[CLOSING] and not stores_wait(s):
             condition_broadcast(setup[WORK])
             unlock(s)
             return False

@@ -85,10 +85,7 @@ class Transfer:
     def let_go(self, blocks: int) -> None:
         """Nobody touches so many buffers any more; their outcomes are known already."""
         with self._changed:
-            self._held -= blocks
-            if not self._open and not self._held:
-                self._batches.clear()
-            self._changed.notify_all()
+            self._release(blocks)
 
     def attach(self, batch: Cancellable, on_cancel: Callable[[Positions], None]) -> None:
         """What to take back when the deadline passes; on_cancel hears which blocks were never begun."""
@@ -119,14 +116,17 @@ class Transfer:
         """The engine is through with these blocks; False where the verdict was LATE before."""
         codes = np.array([_CODE[outcome] for outcome in outcomes], dtype=np.int8)
         with self._changed:
-            self._held -= len(positions)
             self._claimed[positions] = False
             stands = self._set(positions, codes)
-            if not self._open and not self._held:
-                self._batches.clear()  # they hold the caller's buffers
-            self._changed.notify_all()
+            self._release(len(positions))
         self._announce()
         return stands
+
+    def _release(self, blocks: int) -> None:
+        self._held -= blocks
+        if not self._open and not self._held:
+            self._batches.clear()  # they hold the caller's buffers
+        self._changed.notify_all()
 
     def settle(self, positions: Sequence[int] | Positions, outcome: Outcome) -> None:
         """Give the outcome of blocks that no engine has to touch."""

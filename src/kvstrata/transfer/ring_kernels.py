@@ -23,9 +23,6 @@ from kvstrata.transfer.engine_kernels import (
     FLUSH,
     KIND,
     LIMIT,
-    LOAD_HEAD,
-    LOAD_TAIL,
-    LOADS_RUNNING,
     NO_DIRECTION,
     OFFSET,
     PART_BYTES,
@@ -33,20 +30,21 @@ from kvstrata.transfer.engine_kernels import (
     PAUSES,
     PRIORITY,
     RING_WAITS,
-    STORE_HEAD,
-    STORE_TAIL,
     STORING,
     SYNC,
     UNIT_BLOCKS,
     UNIT_PARTS,
     Shared,
     end_unit,
+    loads_about,
+    loads_wait,
     lock,
     move_one_by_one,
     next_part,
     part_bytes,
     prepare,
     put_back,
+    stores_wait,
     take,
     tell,
     unlock,
@@ -108,8 +106,7 @@ def _must_pause(s: Shared, desk_number: int) -> Any:
         return False
     if monotonic_ns(desk[DESK_CLOCK]) - desk[DESK_PUSHED_NS] > PAUSES * PAUSE_MICROSECONDS * 1000:
         return False
-    control = s.control
-    return control[LOADS_RUNNING] > 0 or control[LOAD_HEAD] != control[LOAD_TAIL]
+    return loads_about(s)
 
 
 @part
@@ -210,7 +207,7 @@ def work_ring(s: Shared, r: RingWords, me: int, rings: int, free: Any, paused: A
             lock(s)
         paused_count = left
         control = s.control
-        idle = control[LOAD_HEAD] == control[LOAD_TAIL] and control[STORE_HEAD] == control[STORE_TAIL]
+        idle = not loads_wait(s) and not stores_wait(s)
         if control[CLOSING] and idle and not flying and not paused_count:
             unlock(s)
             return

@@ -72,6 +72,16 @@ def make_header(
 
 
 @kernel
+def intact(page: int) -> Any:
+    """Does the page at an address begin with a header that is whole, of this version?"""
+    return (
+        load_i64(page) == _MAGIC_WORD
+        and load_i64(page + CHECKED_BYTES) == xxh3_64(page, CHECKED_BYTES)
+        and load_i64(page + 8) & _VERSION_MASK == VERSION
+    )
+
+
+@kernel
 def judge_header(
     page: int,
     key0: int,
@@ -84,11 +94,7 @@ def judge_header(
     checksum: int,
 ) -> Any:
     """Is this the header of that block in that place? checksum: the payload's, as the table knows it."""
-    if (
-        load_i64(page) != _MAGIC_WORD
-        or load_i64(page + CHECKED_BYTES) != xxh3_64(page, CHECKED_BYTES)
-        or load_i64(page + 8) & _VERSION_MASK != VERSION
-    ):
+    if not intact(page):
         return WRONG_HEADER
     if load_i64(page + _SEGMENT) != segment or load_i64(page + _NUMBER) != number:
         return WRONG_PLACE
