@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from kvstrata.transfer.buffers import Arena
 from peers.base import Peer, PeerError, Shape
+from peers.lmcache_memory import memory_objects
 
 os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
@@ -59,33 +60,12 @@ class LmcacheDisk(Peer):
         import torch  # noqa: PLC0415
         from lmcache.utils import CacheEngineKey  # noqa: PLC0415
         from lmcache.v1.config import LMCacheEngineConfig  # noqa: PLC0415
-        from lmcache.v1.memory_management import (  # noqa: PLC0415
-            MemoryFormat,
-            MemoryObjMetadata,
-            TensorMemoryObj,
-        )
         from lmcache.v1.storage_backend.local_disk_backend import LocalDiskBackend  # noqa: PLC0415
 
         folder = shape.folder / "lmcache_disk"
         folder.mkdir()
         self._key, self._dtype = CacheEngineKey, torch.uint8
-        size = shape.block_bytes
-        memory = torch.frombuffer(arena.view, dtype=torch.uint8)
-        self.objects = [
-            TensorMemoryObj(
-                raw_data=memory[n * size : (n + 1) * size],
-                metadata=MemoryObjMetadata(
-                    shape=torch.Size([size]),
-                    dtype=torch.uint8,
-                    address=n * size,
-                    phy_size=size,
-                    fmt=MemoryFormat.KV_2LTD,
-                    ref_count=1,
-                ),
-                parent_allocator=None,
-            )
-            for n in range(shape.blocks)
-        ]
+        self.objects = memory_objects(arena, shape)
         self.memory = _Rows()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)

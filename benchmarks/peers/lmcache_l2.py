@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from kvstrata.config import MIB
 from kvstrata.transfer.buffers import PAGE, Arena
 from peers.base import Peer, PeerError, Shape, parts, written_file
+from peers.lmcache_memory import memory_objects
 
 WAIT_MS = 120_000
 META_BYTES = 64 * MIB
@@ -36,15 +37,9 @@ class LmcacheL2(Peer):
 
     def __init__(self, shape: Shape, arena: Arena) -> None:
         super().__init__(shape, arena)
-        import torch  # noqa: PLC0415
         from lmcache.v1.distributed.api import ObjectKey  # noqa: PLC0415
         from lmcache.v1.distributed.internal_api import L1MemoryDesc  # noqa: PLC0415
         from lmcache.v1.distributed.l2_adapters import create_l2_adapter  # noqa: PLC0415
-        from lmcache.v1.memory_management import (  # noqa: PLC0415
-            MemoryFormat,
-            MemoryObjMetadata,
-            TensorMemoryObj,
-        )
         from lmcache.v1.platform import consume_fd  # noqa: PLC0415
 
         self._key, self._consume = ObjectKey, consume_fd
@@ -53,22 +48,7 @@ class LmcacheL2(Peer):
         self.kind = shape.options["adapter"]
         settings = self._settings()
         size = shape.block_bytes
-        memory = torch.frombuffer(arena.view, dtype=torch.uint8)
-        self.objects = [
-            TensorMemoryObj(
-                raw_data=memory[n * size : (n + 1) * size],
-                metadata=MemoryObjMetadata(
-                    shape=torch.Size([size]),
-                    dtype=torch.uint8,
-                    address=n * size,
-                    phy_size=size,
-                    fmt=MemoryFormat.KV_2LTD,
-                    ref_count=1,
-                ),
-                parent_allocator=None,
-            )
-            for n in range(shape.blocks)
-        ]
+        self.objects = memory_objects(arena, shape)
         described = L1MemoryDesc(ptr=self.base, size=shape.blocks * size, align_bytes=PAGE)
         self.adapter = create_l2_adapter(_config(settings), l1_memory_desc=described)
 
