@@ -13,7 +13,7 @@ import numpy as np
 
 from kvstrata.table import Placements
 from kvstrata.tier_stack import TierStack
-from kvstrata.tiers import LocalTier
+from kvstrata.tiers import Tier
 from kvstrata.tiers.base import Words
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
@@ -39,7 +39,7 @@ class Loading:
         self._stack = stack
         self._transfer = transfer
         self._number = number
-        self._tier: LocalTier = stack[number]
+        self._tier: Tier = stack[number]
         self._placements = placements
         self._targets = targets
         self._promoted: Placements | None = None
@@ -95,7 +95,9 @@ class Loading:
         placement = mine[row]
         self._tier.table.drop(placement)
         telemetry = self._stack.telemetry
-        if result > 0:
+        if result == k.GONE:
+            telemetry.count("misses_total", self._tier.name, "collected")
+        elif result > 0:
             error = self._tier.corrupt(result, placement)
             telemetry.event("corrupt block dropped", str(error))
             telemetry.count("misses_total", self._tier.name, f"corrupt_{error.reason}")
@@ -140,4 +142,6 @@ def _outcome(result: int) -> Outcome:
         return Outcome.LOADED
     if result == k.LATE:
         return Outcome.LATE
+    if result == k.GONE:
+        return Outcome.ABSENT
     return Outcome.CORRUPT if result > 0 else Outcome.IO_ERROR

@@ -11,7 +11,7 @@ import numpy as np
 from kvstrata.admission import AdmissionGate
 from kvstrata.table import Placements, joined
 from kvstrata.tier_stack import TierStack
-from kvstrata.tiers import LocalTier
+from kvstrata.tiers import Tier
 from kvstrata.tiers.base import Words
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
@@ -55,7 +55,7 @@ class Saving:
         self,
         stack: TierStack,
         transfer: Transfer,
-        tier: LocalTier,
+        tier: Tier,
         placements: Placements,
         sources: Buffers,
         ended: Ended,

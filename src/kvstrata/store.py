@@ -30,7 +30,7 @@ from kvstrata.saving import SaveEnd, Saving
 from kvstrata.table import Placements
 from kvstrata.telemetry import Telemetry
 from kvstrata.tier_stack import TierStack
-from kvstrata.tiers import LocalTier, make_tier
+from kvstrata.tiers import Tier, make_tier
 from kvstrata.tiers.base import OpenReport
 from kvstrata.traces.capture import Capture
 from kvstrata.transfer.buffers import Buffers
@@ -295,13 +295,13 @@ class BlockStore:
 
     def _place(
         self, keys: Sequence[BlockKey], wanted: Mask, request: int
-    ) -> tuple[list[tuple[LocalTier, Placements]], Mask, Mask, Outcome]:
+    ) -> tuple[list[tuple[Tier, Placements]], Mask, Mask, Outcome]:
         """Reserve a slot for every wanted block that is not there, in the first tier that has room.
 
         Returns placements by tier, the positions that were there already, those that found no room
         anywhere, and the outcome that these get.
         """
-        groups: list[tuple[LocalTier, Placements]] = []
+        groups: list[tuple[Tier, Placements]] = []
         present = np.zeros(len(keys), dtype=np.bool_)
         refused = wanted.copy()
         otherwise = Outcome.UNAVAILABLE
@@ -426,7 +426,7 @@ class BlockStore:
         return 0 if self._capture is None else self._capture.held_bytes
 
     @property
-    def tiers(self) -> list[LocalTier]:
+    def tiers(self) -> list[Tier]:
         """The tiers, fastest first; for inspection and tests."""
         return list(self._stack)
 

@@ -19,7 +19,7 @@ from kvstrata.config import MemoryTierConfig, TierConfig
 from kvstrata.errors import KVStrataError
 from kvstrata.table import Placements
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers import LocalTier, MemoryTier
+from kvstrata.tiers import MemoryTier, Tier
 from kvstrata.tiers.base import OpenReport
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.transfer import engine_kernels as k
@@ -40,9 +40,7 @@ class TierStack:
     through: a save ends when the block is in the second tier as well.
     """
 
-    def __init__(
-        self, tiers: Sequence[LocalTier], configs: Sequence[TierConfig], telemetry: Telemetry
-    ) -> None:
+    def __init__(self, tiers: Sequence[Tier], configs: Sequence[TierConfig], telemetry: Telemetry) -> None:
         self.tiers = list(tiers)
         self.telemetry = telemetry
         self.reports: dict[str, OpenReport] = {}
@@ -58,10 +56,10 @@ class TierStack:
         self._promoting = 0
         self._promotion_lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[LocalTier]:
+    def __iter__(self) -> Iterator[Tier]:
         return iter(self.tiers)
 
-    def __getitem__(self, number: int) -> LocalTier:
+    def __getitem__(self, number: int) -> Tier:
         return self.tiers[number]
 
     def __len__(self) -> int:
@@ -69,7 +67,7 @@ class TierStack:
 
     # In service
 
-    def open_tier(self, tier: LocalTier) -> None:
+    def open_tier(self, tier: Tier) -> None:
         """Open it, or leave it out of service. Raises TierError."""
         try:
             report = tier.open()
@@ -87,14 +85,14 @@ class TierStack:
             f"{'index' if report.from_index else 'scan'}",
         )
 
-    def probe_later(self, tier: LocalTier) -> None:
+    def probe_later(self, tier: Tier) -> None:
         """Ask a tier that is out of service whether it is back, at most once per retry time."""
         if tier.reads.wants_probe():
             tier.upkeep.submit(lambda: self._probe(tier, tier.reads, tier.probe_read))
         if tier.writes.wants_probe():
             tier.upkeep.submit(lambda: self._probe(tier, tier.writes, tier.probe_write))
 
-    def _probe(self, tier: LocalTier, breaker: Breaker, ask: Callable[[], None]) -> None:
+    def _probe(self, tier: Tier, breaker: Breaker, ask: Callable[[], None]) -> None:
         try:
             self._reopen(tier)
             if not tier.opened:
@@ -106,7 +104,7 @@ class TierStack:
         else:
             breaker.probed(None)
 
-    def _reopen(self, tier: LocalTier) -> None:
+    def _reopen(self, tier: Tier) -> None:
         with self._reopen_lock:
             if tier.opened or self.closed:
                 return
@@ -170,7 +168,7 @@ class TierStack:
 
     # What ends a transfer
 
-    def stored(self, tier: LocalTier, placements: Placements, rows: Rows, claimed: Mask) -> Mask:
+    def stored(self, tier: Tier, placements: Placements, rows: Rows, claimed: Mask) -> Mask:
         """Commit what was written and is claimed; what failed leaves no trace but counters.
 
         placements and claimed: for the rows, in their order. Returns which are committed.

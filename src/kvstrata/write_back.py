@@ -14,14 +14,14 @@ import numpy as np
 from kvstrata.admission import AdmissionGate
 from kvstrata.table import Placements
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import NEVER_NS, LocalTier
+from kvstrata.tiers.base import NEVER_NS, Tier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.engine import Rows
 from kvstrata.transfer.handle import Mask
 from kvstrata.types import BlockKey, Outcome
 
-Stored = Callable[[LocalTier, Placements, Rows, Mask], Mask]
+Stored = Callable[[Tier, Placements, Rows, Mask], Mask]
 """Commit or abort rows of reserved blocks; says which are committed."""
 
 
@@ -31,7 +31,7 @@ class WriteBack:
     def __init__(
         self,
         upper: MemoryTier,
-        lower: LocalTier,
+        lower: Tier,
         gate: AdmissionGate,
         telemetry: Telemetry,
         stored: Stored,

@@ -16,7 +16,7 @@ import xxhash
 from kvstrata.errors import BlockCorruptError
 from kvstrata.table import Placement
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import LocalTier
+from kvstrata.tiers.engine_tier import LocalTier
 from kvstrata.transfer.buffers import Arena
 from kvstrata.types import BlockKey, BlockLayout, Lookup
 from store_kit import chain, content, eventually

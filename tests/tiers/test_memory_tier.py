@@ -10,7 +10,8 @@ from contracts.tier import TierContract, silent
 from kvstrata.config import MemoryTierConfig, StoreConfig
 from kvstrata.errors import ConfigError
 from kvstrata.table import Placement
-from kvstrata.tiers import LocalTier, MemoryTier
+from kvstrata.tiers import MemoryTier
+from kvstrata.tiers.engine_tier import LocalTier
 from kvstrata.transfer.buffers import PAGE, address_of
 from kvstrata.types import BlockLayout
 from store_kit import chain, content

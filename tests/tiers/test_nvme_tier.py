@@ -13,7 +13,8 @@ from contracts.tier import TierContract, silent
 from kvstrata.config import IoEngine, NvmeTierConfig, StoreConfig
 from kvstrata.errors import ConfigError
 from kvstrata.table import Placement
-from kvstrata.tiers import LocalTier, NvmeTier
+from kvstrata.tiers import NvmeTier
+from kvstrata.tiers.engine_tier import LocalTier
 from kvstrata.tiers.nvme_format import PROBE_FILE
 from kvstrata.transfer.buffers import PAGE
 from kvstrata.transfer.file_io import FileIO

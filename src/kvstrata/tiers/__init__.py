@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from kvstrata.config import MemoryTierConfig, StoreConfig, TierConfig
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import LocalTier
+from kvstrata.tiers.base import Tier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.nvme import NvmeTier
 from kvstrata.transfer.file_io import FileIO
 from kvstrata.types import BlockLayout, Namespace
 
-__all__ = ["LocalTier", "MemoryTier", "NvmeTier", "make_tier"]
+__all__ = ["MemoryTier", "NvmeTier", "Tier", "make_tier"]
 
 
 def make_tier(
@@ -20,7 +20,7 @@ def make_tier(
     store: StoreConfig,
     telemetry: Telemetry,
     file_io: FileIO,
-) -> LocalTier:
+) -> Tier:
     """The tier that one [[tier]] table describes; not open yet."""
     if isinstance(config, MemoryTierConfig):
         return MemoryTier(config, layout, store, telemetry)

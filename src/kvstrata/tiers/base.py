@@ -1,7 +1,7 @@
-"""The contract of a tier that this process owns alone: it holds a BlockTable, so it decides what leaves.
+"""The contract of a tier: its books, its bytes, its health.
 
-Batches of blocks go to the tier's engine, which says of every block how it ended; tiers never decide what
-that means for the engine of the caller, the store does.
+A tier moves batches of blocks and says of every block how it ended; it never decides what that means for
+the engine of the caller, the store does. This module moves no bytes itself.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.config import StoreConfig
-from kvstrata.errors import BlockCorruptError, StoreClosedError
-from kvstrata.table import BlockTable, Placement, Placements, alone
+from kvstrata.errors import BlockCorruptError
+from kvstrata.table import Placement, Placements, alone
 from kvstrata.telemetry import BUCKETS_SECONDS, Telemetry
 from kvstrata.tiers.breaker import Breaker
+from kvstrata.tiers.holdings import Holdings
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
-from kvstrata.transfer.engine import Engine, EngineCounts, EngineSettings, Kind, OnDone, Rows
+from kvstrata.transfer.engine import EngineCounts, OnDone, Rows
 from kvstrata.transfer.handle import Cancellable
-from kvstrata.transfer.slot_header import REASONS, WRONG_LENGTH
+from kvstrata.transfer.slot_header import REASONS
 from kvstrata.transfer.upkeep import Upkeep
 
 NEVER_NS = k.NEVER_NS
@@ -48,18 +48,20 @@ class OpenReport:
     from_index: bool = False
 
 
-class LocalTier(ABC):
-    """name: the tier's word in the configuration and in metrics."""
+class Tier(ABC):
+    """name: the tier's word in the configuration and in metrics.
+
+    shared: other processes write there too, so that blocks may come and go by themselves.
+    """
 
     name: ClassVar[str]
+    shared: ClassVar[bool] = False
     ttl_seconds: float
 
     def __init__(self, store: StoreConfig, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
         self.upkeep = Upkeep(f"kvstrata-{self.name}")
         self._store = store
-        self._table: BlockTable | None = None
-        self._engine: Engine | None = None
         self._opened = False
         self._stopped = False
         self.reads, self.writes = (
@@ -75,10 +77,9 @@ class LocalTier(ABC):
         )
 
     @property
-    def table(self) -> BlockTable:
+    @abstractmethod
+    def table(self) -> Holdings:
         """Once the tier was opened; also after close(), for a caller that came in just before."""
-        assert self._table is not None, f"tier {self.name} is not open"
-        return self._table
 
     @property
     def opened(self) -> bool:
@@ -94,6 +95,7 @@ class LocalTier(ABC):
 
     # Moving blocks
 
+    @abstractmethod
     def start_load(
         self,
         placements: Placements,
@@ -106,23 +108,11 @@ class LocalTier(ABC):
 
         deadline_ns: of time.monotonic_ns; a block that waits longer is not begun. copy_to: addresses
         where a good block is to lie too, 0 for nowhere. on_done gets rows of the engine as blocks end:
-        POSITION is the placement's, RESULT is 0, one of `slot_header`'s verdicts, LATE, or -errno.
+        POSITION is the placement's, LENGTH and CHECKSUM the block's, RESULT is 0, one of `slot_header`'s
+        verdicts, LATE, GONE, or -errno.
         """
-        rows = self._load_rows(placements, targets)
-        self._describe(rows, placements, targets, deadline_ns)
-        rows[:, k.CHECKSUM] = placements.checksums
-        if copy_to is not None:
-            rows[:, k.COPY_TO] = copy_to
-        finish = partial(self._loaded, on_done, targets.owner)
-        wrong = placements.lengths != targets.lengths
-        if not wrong.any():
-            return self._running.submit(rows, loads=True, on_done=finish)
-        batch = self._running.submit(rows[~wrong], loads=True, on_done=finish)
-        refused = rows[wrong]
-        refused[:, k.RESULT] = WRONG_LENGTH
-        on_done(refused)
-        return batch
 
+    @abstractmethod
     def start_save(
         self,
         placements: Placements,
@@ -131,56 +121,15 @@ class LocalTier(ABC):
         on_done: OnDone,
         checksums: Words | None = None,
     ) -> Cancellable:
-        """Put sources[i] into the slot of placement i. As `start_load`; rows also have the CHECKSUM.
+        """Put sources[i] into the place of placement i. As `start_load`; rows also have the CHECKSUM.
 
         checksums: signed words, where they are known already.
         """
-        rows = self._save_rows(placements, sources)
-        self._describe(rows, placements, sources, deadline_ns)
-        if checksums is not None:
-            rows[:, k.CHECKSUM] = checksums
-            rows[:, k.FLAGS] |= k.KNOWN
-        return self._submit_save(rows, placements, partial(self._saved, on_done, sources.owner), on_done)
-
-    def _submit_save(
-        self, rows: Rows, placements: Placements, finish: OnDone, refuse: OnDone
-    ) -> Cancellable:
-        """refuse: for rows that no engine was asked to move."""
-        return self._running.submit(rows, loads=False, on_done=finish)
-
-    def _describe(self, rows: Rows, placements: Placements, buffers: Buffers, deadline_ns: int) -> None:
-        rows[:, k.ADDRESS] = buffers.addresses
-        rows[:, k.LENGTH] = buffers.lengths
-        rows[:, k.DEADLINE_NS] = deadline_ns
-        rows[:, k.POSITION] = placements.positions
-
-    @abstractmethod
-    def _load_rows(self, placements: Placements, targets: Buffers) -> Rows:
-        """Rows with everything that this tier alone knows."""
-
-    @abstractmethod
-    def _save_rows(self, placements: Placements, sources: Buffers) -> Rows:
-        """Rows with everything that this tier alone knows."""
-
-    @property
-    def _running(self) -> Engine:
-        if self._engine is None:
-            raise StoreClosedError("this store was closed; open a new one")
-        return self._engine
-
-    def _loaded(self, on_done: OnDone, owner: object, rows: Rows) -> None:
-        """owner: what keeps the buffers alive until here."""
-        self._account("read", self.reads, rows)
-        on_done(rows)
-
-    def _saved(self, on_done: OnDone, owner: object, rows: Rows) -> None:
-        self._account("write", self.writes, rows)
-        on_done(rows)
 
     def _account(self, op: str, breaker: Breaker, rows: Rows) -> None:
-        """Metrics and the breaker, for rows that the engine had begun."""
+        """Metrics and the breaker, for rows that the medium was asked for."""
         results = rows[:, k.RESULT]
-        begun = results != k.LATE
+        begun = (results != k.LATE) & (results != k.GONE)
         breaker.saw((-np.minimum(results[begun], 0)).tolist())
         good = rows[results == 0]
         if len(good):
@@ -216,49 +165,29 @@ class LocalTier(ABC):
             self.start_save(alone(placement), sources, NEVER_NS, on_done, known)
         _raise_for(int(rows[0][0, k.RESULT]))
 
-    # The engine
-
-    def _start_engine(self, engine: Engine) -> None:
-        self._engine = engine
-        self.reads.watch_engine(partial(engine.oldest_seconds, loads=True), engine.forgive)
-        self.writes.watch_engine(partial(engine.oldest_seconds, loads=False), engine.forgive)
-
-    def _engine_settings(self, kind: Kind, in_flight: int, stores_in_flight: int) -> EngineSettings:
-        store = self._store
-        waiting = store.load_queue_blocks + 2 * store.queue_blocks
-        return EngineSettings(
-            kind=kind,
-            workers=in_flight,
-            store_workers=stores_in_flight,
-            capacity=waiting + store.batch_blocks + in_flight * k.UNIT_BLOCKS,
-        )
+    # Looking after it
 
     @property
+    @abstractmethod
     def queued(self) -> tuple[int, int]:
         """Loads and stores that nobody has begun."""
-        return self._engine.queued if self._engine else (0, 0)
 
     @property
+    @abstractmethod
     def counts(self) -> EngineCounts:
-        """What the engine has done so far."""
-        return self._engine.counts if self._engine else EngineCounts()
+        """What was moved so far."""
 
+    @abstractmethod
     def drain(self, seconds: float) -> bool:
         """Wait for everything that was started; False if that took longer."""
-        return self.upkeep.drain(seconds) and (self._engine is None or self._engine.drain(seconds))
 
+    @abstractmethod
     def stop(self, seconds: float) -> bool:
         """Finish what was started and stop the threads. False if one hangs in the medium."""
-        if not self._stopped:
-            ended = self.upkeep.close(seconds)
-            self._stopped = (self._engine is None or self._engine.close(seconds)) and ended
-        return self._stopped
-
-    # What a kind of tier does
 
     @abstractmethod
     def open(self) -> OpenReport:
-        """Make the table, from what is on the medium if it keeps anything. Raises TierError, OSError."""
+        """Make the books, from what is on the medium if it keeps anything. Raises TierError, OSError."""
 
     @abstractmethod
     def write_failed(self, placements: Placements) -> None:

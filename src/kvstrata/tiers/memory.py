@@ -12,7 +12,8 @@ from kvstrata.config import MemoryTierConfig, StoreConfig, format_size
 from kvstrata.errors import ConfigError, StoreClosedError
 from kvstrata.table import BlockTable, Placement, Placements
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import LocalTier, OpenReport
+from kvstrata.tiers.base import OpenReport
+from kvstrata.tiers.engine_tier import LocalTier
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.arena_care import ArenaCare
 from kvstrata.transfer.buffers import PAGE, Arena, Buffers, address_of, round_up

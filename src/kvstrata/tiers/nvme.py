@@ -29,7 +29,8 @@ from kvstrata.config import NvmeTierConfig, StoreConfig, format_size
 from kvstrata.errors import ConfigError
 from kvstrata.table import BlockTable, Placements, unix_ms
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import NEVER_NS, LocalTier, OpenReport, Words
+from kvstrata.tiers.base import NEVER_NS, OpenReport, Words
+from kvstrata.tiers.engine_tier import LocalTier
 from kvstrata.tiers.nvme_folder import (
     LEFTOVER_GLOBS,
     FolderLock,

@@ -61,6 +61,8 @@ NEVER_NS = 1 << 62
 """A moment that does not come."""
 LATE = 100
 """RESULT of a row whose deadline passed in the queue: nothing touched its buffer."""
+GONE = 101
+"""RESULT of a row whose object had left the medium, as others decided: nobody's fault, and a miss."""
 
 # Words of `control`
 (
