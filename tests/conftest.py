@@ -7,6 +7,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["backends.fixtures"]
+
 settings.register_profile(
     "kvstrata",
     deadline=None,
