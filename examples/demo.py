@@ -14,48 +14,32 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from kvstrata.config import format_size
 from kvstrata.tiers.nvme_folder import SegmentFile, segment_files
 from kvstrata.tiers.nvme_format import SlotHeader, slot_offset
 from kvstrata.transfer.buffers import PAGE
+from stage import (
+    BLOCKS_PER_CHUNK,
+    CHUNK_TOKENS,
+    LICENSE,
+    DemoError,
+    Stage,
+    console,
+    conversations,
+)
 from ttft_picture import ttft_picture
 
-HERE = Path(__file__).parent
-LICENSE = HERE.parent / "LICENSE"
-BLOCKS_PER_CHUNK, BLOCK_TOKENS = 4, 32
-CHUNK_TOKENS = BLOCKS_PER_CHUNK * BLOCK_TOKENS
 KILL_AFTER = 2
 CAPTURE = "capture"
 """Folder with a trace of what the engines asked for: `kvstrata trace capture .demo/capture -o ...`."""
-
-QUESTIONS = [
-    ["Which words of this passage speak of patents?", "And what ends a grant?"],
-    ["May I use the name of the licensor?", "Not even to say where it comes from?"],
-    ["What must I tell people when I change a file?", "And if there is a NOTICE file?"],
-]
-SHARED_PART = 0.6
-
-
-def conversations(text: str) -> tuple[str, list[list[str]]]:
-    """A long system prompt that all share, and for each conversation a passage of its own to talk about."""
-    shared = int(len(text) * SHARED_PART)
-    passage = (len(text) - shared) // len(QUESTIONS)
-    talks = []
-    for number, (first, *rest) in enumerate(QUESTIONS):
-        start = shared + number * passage
-        talks.append([f"{text[start : start + passage]}\n\n{first}", *rest])
-    return text[:shared], talks
-
 
 TOML = """\
 [store]
@@ -71,79 +55,12 @@ path = "{path}"
 capacity_bytes = "256MiB"
 """
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
-
-class DemoError(Exception):
-    """Something that the demo shows did not come true."""
-
-
-class Stage:
-    """Files of one run, and how engines are started."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = folder / "model"
-        self.requests_file = folder / "requests.json"
-        self.log = folder / "engines.log"
-        self.log.write_text("")
-        shutil.rmtree(folder / CAPTURE, ignore_errors=True)
-
-    def toml(self, name: str) -> Path:
-        """A kvstrata.toml for a fresh folder of that name."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        path = self.folder / f"{name}.toml"
-        text = TOML.format(path=self.folder / name, chunk=BLOCKS_PER_CHUNK, capture=self.folder / CAPTURE)
-        path.write_text(text)
-        return path
-
-    def run(
-        self, title: str, configs: list[Path], expect_kill: bool = False, **job: Any
-    ) -> list[dict[str, Any]]:
-        """Start a process with an engine per config; returns what each measured (none if to be killed)."""
-        results, progress = self.folder / "results.json", self.folder / "progress"
-        results.unlink(missing_ok=True)
-        progress.write_text("0")
-        spec = {
-            "model": str(self.model),
-            "configs": [str(config) for config in configs],
-            "requests": str(self.requests_file),
-            "results": str(results),
-            "progress": str(progress),
-            **job,
-        }
-        job_file = self.folder / "job.json"
-        job_file.write_text(json.dumps(spec))
-        with self.log.open("a") as log:
-            log.write(f"\n=== {title}\n")
-            log.flush()
-            engine = subprocess.Popen(
-                [sys.executable, str(HERE / "demo_engine.py"), str(job_file)], stdout=log, stderr=log
-            )
-            try:
-                self._wait(engine, title, progress)
-            finally:
-                if engine.poll() is None:
-                    engine.kill()
-                    engine.wait()
-        for leak in Path("/dev/shm").glob("vllm_offload_kvstrata-*.mmap"):
-            leak.unlink(missing_ok=True)
-        if expect_kill and engine.returncode == -signal.SIGKILL:
-            return []
-        if engine.returncode != 0 or expect_kill:
-            raise DemoError(f"{title}: the engine ended with {engine.returncode}; see {self.log}")
-        return list(json.loads(results.read_text()))
-
-    @staticmethod
-    def _wait(engine: subprocess.Popen[bytes], title: str, progress: Path) -> None:
-        started = time.monotonic()
-        with console.status(title) as status:
-            while engine.poll() is None:
-                done = progress.read_text() or "0"
-                seconds = time.monotonic() - started
-                status.update(f"{title}: {done} requests, {seconds:.0f} s")
-                time.sleep(0.2)
-        console.print(f"[green]done[/] {title} ({time.monotonic() - started:.0f} s)")
+def fresh_toml(stage: Stage, name: str) -> Path:
+    """A kvstrata.toml for a fresh folder of that name."""
+    path = stage.fresh(name)
+    text = TOML.format(path=path, chunk=BLOCKS_PER_CHUNK, capture=stage.folder / CAPTURE)
+    return stage.toml(name, text)
 
 
 def flip_bytes(folder: Path) -> int:
@@ -238,12 +155,12 @@ def play(stage: Stage, text: str) -> dict[str, Any]:
     """All scenes; returns what goes into the report."""
     report: dict[str, Any] = {}
     system, talks = conversations(text)
-    first, second = stage.toml("nvme"), stage.toml("nvme-killed")
+    first, second = fresh_toml(stage, "nvme"), fresh_toml(stage, "nvme-killed")
     stage.run(
         "process 1: plain vLLM for comparison, then kvstrata on an empty folder",
         [first], conversations=talks, system=system,
     )  # fmt: skip
-    requests = json.loads(stage.requests_file.read_text())
+    requests = stage.requests()
 
     title = "Restart: a second engine, in a new process, on the same folder"
     (result,) = stage.run("process 2: restart", [first])
@@ -268,16 +185,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything goes")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    stage = Stage(options.folder.absolute())
+    stage = Stage(options.folder)
+    shutil.rmtree(stage.folder / CAPTURE, ignore_errors=True)
     text = LICENSE.read_text()
     started = time.monotonic()
     try:
-        with console.status("making a random Llama and its tokenizer"):
-            subprocess.run(
-                [sys.executable, str(HERE / "tiny_llama.py"), str(stage.model), str(LICENSE)],
-                check=True, capture_output=True,
-            )  # fmt: skip
+        stage.make_model()
         report = play(stage, text)
     except DemoError as error:
         console.print(f"[red]failed:[/] {error}")

@@ -4,8 +4,9 @@
 
 The job names the model, the kvstrata TOMLs, the requests, and where the results go. With "conversations"
 the process first holds these with a plain vLLM without any cache, which gives the requests, the cold times
-and the replies that all others must give. With "kill_after": n it kills itself with SIGKILL while blocks of
-a request after the n-th are being saved.
+and the replies that all others must give. "first" and "last" choose among the requests, "passes" asks them
+several times over. With "kill_after": n it kills itself with SIGKILL while blocks of a request after the
+n-th are being saved.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def converse(llm: LLM, conversations: list[list[str]], system: str, progress: Pa
 def replay(
     llm: LLM, requests: list[dict[str, Any]], progress: Path, kill_after: int
 ) -> list[dict[str, Any]]:
-    """The same prompts again; also says how many tokens of each came from kvstrata."""
+    """The same prompts again; also says how many tokens of each came from kvstrata, and which tier."""
     store = store_of(llm)
     chunk_tokens = store.layout.block_tokens
     ask(llm, llm.get_tokenizer().encode("warm up"), max_tokens=2)
@@ -67,6 +69,7 @@ def replay(
                 "answer": asdict(answer),
                 "kvstrata_tokens": loaded * chunk_tokens,
                 "damaged_blocks": _corrupt(after) - _corrupt(before),
+                "blocks_by_tier": dict(_loaded_by_tier(after) - _loaded_by_tier(before)),
             }
         )
         progress.write_text(str(len(results)))
@@ -84,8 +87,16 @@ def _kill_while_saving(store: Any) -> None:
 
 
 def _loaded(counters: dict[str, dict[tuple[str, ...], int]]) -> int:
+    return sum(_loaded_by_tier(counters).values())
+
+
+def _loaded_by_tier(counters: dict[str, dict[tuple[str, ...], int]]) -> Counter[str]:
     blocks = counters.get("blocks_total", {})
-    return sum(n for (op, _, outcome), n in blocks.items() if (op, outcome) == ("load", "loaded"))
+    served: Counter[str] = Counter()
+    for (op, tier, outcome), count in blocks.items():
+        if (op, outcome) == ("load", "loaded"):
+            served[tier] += count
+    return served
 
 
 def _corrupt(counters: dict[str, dict[tuple[str, ...], int]]) -> int:
@@ -100,7 +111,8 @@ def main() -> None:
         with engine(Path(job["model"]), None) as llm:
             requests = converse(llm, job["conversations"], job["system"], progress)
         Path(job["requests"]).write_text(json.dumps(requests))
-    requests = json.loads(Path(job["requests"]).read_text())
+    everything = json.loads(Path(job["requests"]).read_text())
+    requests = everything[job.get("first", 0) : job.get("last", len(everything))] * job.get("passes", 1)
     results = []
     for config in job["configs"]:
         with engine(Path(job["model"]), Path(config)) as llm:
