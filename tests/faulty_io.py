@@ -80,6 +80,10 @@ class FaultyIO(FileIO):
         self._meet("open")
         return super().open(path, create=create, direct=direct)
 
+    def open_to_read(self, path: Path, *, direct: bool) -> int:
+        self._meet("open")
+        return super().open_to_read(path, direct=direct)
+
     def allocate(self, fd: int, size: int) -> None:
         self._meet("allocate")
         super().allocate(fd, size)

@@ -213,6 +213,11 @@ class Policy(ABC):
         self._call(ids, starts, self._admit_all[: len(ids)], sizes, self._no_pins)
         return self._outcome[: len(ids)]
 
+    def access_all(self, ids: Ids, starts: Ints, sizes: Ints, pins: Pins) -> tuple[Ids, Ids]:
+        """Whole requests that others made, everything may enter; returns evicted and forgotten ids."""
+        self._call(ids, starts, np.ones(len(ids), np.bool_), sizes, pins)
+        return self._settled()
+
     def resize(self, capacity: int, sizes: Ints, pins: Pins) -> tuple[Ids, Ids]:
         """Change the bound; returns evicted and forgotten ids. Pinned ids may keep used above it."""
         self._make_buffers(0)

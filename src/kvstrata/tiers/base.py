@@ -6,6 +6,7 @@ the engine of the caller, the store does. This module moves no bytes itself.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -131,7 +132,11 @@ class Tier(ABC):
         results = rows[:, k.RESULT]
         begun = (results != k.LATE) & (results != k.GONE)
         breaker.saw((-np.minimum(results[begun], 0)).tolist())
-        good = rows[results == 0]
+        self._count_moved(op, rows)
+
+    def _count_moved(self, op: str, rows: Rows) -> None:
+        """Metrics alone, for rows that went by without the medium."""
+        good = rows[rows[:, k.RESULT] == 0]
         if len(good):
             seconds = (good[:, k.ENDED_NS] - good[:, k.BEGAN_NS]) / 1e9
             buckets = np.bincount(
@@ -148,11 +153,13 @@ class Tier(ABC):
         )
 
     def read(self, placement: Placement, target: memoryview) -> None:
-        """`start_load` of one block, and wait for it. Raises BlockCorruptError, OSError."""
+        """`start_load` of one block, and wait for it. Raises BlockCorruptError, OSError (ENOENT: GONE)."""
         targets = Buffers.of([target], writable=True)
         with _one_row() as (rows, on_done):
             self.start_load(alone(placement), targets, NEVER_NS, on_done)
         result = int(rows[0][0, k.RESULT])
+        if result == k.GONE:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         if result > 0:
             raise self.corrupt(result, placement)
         _raise_for(result)
@@ -193,6 +200,10 @@ class Tier(ABC):
     def write_failed(self, placements: Placements) -> None:
         """Writes failed and their placements were aborted: keep the slots from being tried again and
         again."""
+
+    def lost(self, placement: Placement) -> bool:
+        """The medium answered an error when this block was read: shall nobody find it any more?"""
+        return True
 
     @abstractmethod
     def refresh(self) -> None:

@@ -22,7 +22,7 @@ class Holdings(Protocol):
     batch_blocks: int
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[Lookup]:
-        """State of every key. PENDING also for a key that the tier is still asking its backend for."""
+        """State of every key, as it is known now."""
 
     def pin_all(self, keys: Sequence[BlockKey]) -> Placements:
         """Pin every key that is loadable; the others are left out. Unpin each placement once."""

@@ -25,6 +25,10 @@ class FileIO:
             return os.open(path, flags, 0o600)
         return os.open(path, flags | os.O_DIRECT, 0o600)
 
+    def open_to_read(self, path: Path, *, direct: bool) -> int:
+        """A descriptor for reading alone, as a read-only mount gives it."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+
     def close(self, fd: int) -> None:
         os.close(fd)
 
