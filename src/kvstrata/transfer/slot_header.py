@@ -28,6 +28,8 @@ _VERSION_MASK = 0xFFFF
 _KEY, _NAMESPACE = 16, 48
 _SEGMENT, _NUMBER, _LENGTH, _CHECKSUM, _SEQUENCE, _CREATED, _EXPIRES = range(80, 136, 8)
 _ZEROS = 136
+NAMESPACE_BYTE, CHECKSUM_BYTE, EXPIRES_BYTE = _NAMESPACE, _CHECKSUM, _EXPIRES
+"""Where these words stand, for who reads them from a header that is intact."""
 
 GOOD, WRONG_HEADER, WRONG_PLACE, WRONG_KEY, WRONG_LENGTH, WRONG_CHECKSUM = range(6)
 REASONS = ("", "header", "place", "key", "length", "checksum")
