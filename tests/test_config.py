@@ -14,16 +14,24 @@ from hypothesis import strategies as st
 from kvstrata.config import (
     GIB,
     Config,
+    MediumFields,
     MemoryTierConfig,
     MetricsConfig,
     NvmeTierConfig,
+    ObjectStoreTierConfig,
     PolicyOptions,
+    PoolTierConfig,
+    SharedFsTierConfig,
     StoreConfig,
     VllmConfig,
+    Words,
+    attach_staging_bytes,
     format_size,
+    is_size,
     load_config,
     parse_config,
     parse_size,
+    tier_names,
     to_dict,
 )
 from kvstrata.errors import ConfigError
@@ -41,9 +49,10 @@ EVERY_KEY = [
 
 
 def document(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A whole configuration with these values in one section."""
+    """A whole configuration with these values in one section; a tier lies above another."""
     if section == "nvme":
-        return {"tier": [{"type": "nvme", "path": "cache", **values}]}
+        below = {"type": "nvme", "path": "below"}
+        return {"tier": [{"type": "nvme", "path": "cache", **values}, below]}
     if section == "memory":
         return {"tier": [{"type": "memory", **values}]}
     return {section: values}
@@ -59,6 +68,8 @@ def another_value(section: str, key: str) -> Any:
     default = getattr(SECTIONS[section](), key)
     if hint == PolicyOptions:
         return {"cms_width": 65_536.0}
+    if hint == Words:
+        return ("1f3a",)
     if get_args(hint):
         return next(choice for choice in get_args(hint) if choice != default)
     if hint is bool:
@@ -97,9 +108,9 @@ def test_a_misspelt_key_names_the_nearest(section: str, key: str) -> None:
 @pytest.mark.parametrize("wrong", [[], {}, "no such word", None, 1 << 80], ids=repr)
 def test_a_value_of_a_wrong_type_names_the_key(section: str, key: str, wrong: Any) -> None:
     hint = get_type_hints(SECTIONS[section])[key]
-    if (hint is str and isinstance(wrong, str)) or (hint == PolicyOptions and wrong == {}):
+    if (hint is str and isinstance(wrong, str)) or (hint, wrong) in ((PolicyOptions, {}), (Words, [])):
         return
-    if hint is int and key != "port" and not key.endswith("_bytes") and wrong == 1 << 80:
+    if hint is int and key != "port" and not is_size(key) and wrong == 1 << 80:
         return  # a large number is a number
     if isinstance(wrong, int) and hint in (str, bool):
         wrong = 1
@@ -225,6 +236,14 @@ def test_a_printed_size_is_near_the_size(size: int) -> None:
         ("memory", "ttl_seconds", float("nan")), ("nvme", "capacity_bytes", 0),
         ("nvme", "ttl_seconds", -0.5), ("nvme", "path", ""), ("nvme", "segment_bytes", 2**20 - 1),
         ("nvme", "prepare_segments", 0), ("nvme", "prepare_segments", 65),
+        ("nvme", "deadline_seconds", -1), ("nvme", "breaker_failures", -1),
+        ("nvme", "breaker_retry_seconds", -0.5), ("nvme", "demote_bytes", 0), ("nvme", "attach_reads", 0),
+        ("nvme", "attach_ghosts", 0), ("nvme", "attach_staging_bytes", 0),
+        ("nvme", "read_ahead_blocks", -1), ("nvme", "read_ahead_blocks", 2**20 + 1),
+        ("nvme", "attach_namespaces", ["xyz"]),
+        ("nvme", "attach_namespaces", ["AB"]), ("nvme", "attach_namespaces", "ab"),
+        ("nvme", "attach_namespaces", [1]), ("nvme", "write_mode", "on_evict"),
+        ("store", "staging_bytes", 0),
     ],
 )  # fmt: skip
 def test_out_of_bounds(section: str, key: str, value: Any) -> None:
@@ -249,19 +268,58 @@ def test_more_store_threads_than_threads() -> None:
         parse_config({"store": {"io_threads": 2, "io_store_threads": 3}})
 
 
+NVME = {"type": "nvme", "path": "a"}
+BELOW = {"type": "nvme", "path": "b"}
+
+
 @pytest.mark.parametrize(
-    "tiers",
+    ("tiers", "words"),
     [
-        [{"type": "memory"}, {"type": "memory"}],
-        [{"type": "nvme", "path": "a"}, {"type": "memory"}],
-        [{"type": "nvme", "path": "a"}, {"type": "nvme", "path": "b"}],
-        [{"type": "nvme", "path": "a"}, {"type": "nvme", "path": "./a"}],
+        ([{"type": "memory"}, {"type": "memory"}], "one memory tier"),
+        ([NVME, {"type": "memory"}], "memory first"),
+        ([NVME, BELOW | {"path": "./a"}], "already used"),
+        ([{"type": "memory", "write_mode": "through"}, NVME], "into the table of the tier below memory"),
+        ([NVME | {"write_mode": "on_evict"}, BELOW], "needs a memory or nvme tier right above"),
+        ([{"type": "memory"}, NVME | {"attach": "always"}], "no tier below to attach from"),
+        ([NVME | {"attach": "always"}, BELOW | {"attach": "second"}, BELOW | {"path": "c"}], "one tier"),
+        ([NVME | {"attach_min_bytes": 9, "attach_max_bytes": 8}, BELOW], "below attach_min_bytes"),
     ],
     ids=str,
 )
-def test_tiers_that_do_not_go_together(tiers: list[dict[str, Any]]) -> None:
-    with pytest.raises(ConfigError, match="tier"):
+def test_tiers_that_do_not_go_together(tiers: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
         parse_config({"tier": tiers})
+
+
+@pytest.mark.parametrize(
+    "tiers",
+    [
+        [{"type": "memory"}],
+        [NVME, BELOW, BELOW | {"path": "c"}],
+        [{"type": "memory"}, NVME | {"write_mode": "on_evict"}, BELOW | {"write_mode": "on_evict"}],
+        [{"type": "memory"}, NVME | {"attach": "second", "write_mode": "none"}, BELOW],
+        [NVME | {"write_mode": "none"}],
+    ],
+    ids=str,
+)
+def test_any_order_of_tiers(tiers: list[dict[str, Any]]) -> None:
+    config = parse_config({"tier": tiers})
+    assert [tier.type for tier in config.tiers] == [raw["type"] for raw in tiers]
+    assert len(set(tier_names(config.tiers))) == len(tiers)
+
+
+def test_the_read_caches_arena_is_a_bound() -> None:
+    tiers = [NVME | {"attach": "always", "attach_staging_bytes": "1MiB"}, BELOW]
+    assert attach_staging_bytes(parse_config({"tier": tiers}).tiers) == 2**20
+    assert attach_staging_bytes(parse_config({"tier": [NVME, BELOW]}).tiers) == 0
+
+
+def test_the_keys_of_every_tier_come_from_one_place() -> None:
+    """What a tier gets blocks by is the same for all but memory."""
+    common = {field.name for field in dataclasses.fields(MediumFields)}
+    for tier in (NvmeTierConfig(), SharedFsTierConfig(), ObjectStoreTierConfig(), PoolTierConfig()):
+        assert isinstance(tier, MediumFields)
+        assert common.isdisjoint(vars(type(tier)).get("__annotations__", {}))
 
 
 # Files
@@ -356,7 +414,13 @@ def values_of(section: str) -> st.SearchStrategy[dict[str, Any]]:
     """Some good values for some keys of a section."""
     strategies: dict[str, st.SearchStrategy[Any]] = {}
     for key, hint in get_type_hints(SECTIONS[section]).items():
-        if hint == PolicyOptions:
+        if key in ("attach_max_bytes", "breaker_failures"):
+            continue
+        if hint == Words:
+            strategies[key] = st.lists(st.text("0123456789abcdef", min_size=1, max_size=64)).map(tuple)
+        elif key == "write_mode":
+            strategies[key] = st.sampled_from(["back", "through", "none"])
+        elif hint == PolicyOptions:
             strategies[key] = st.dictionaries(st.text(max_size=5), st.floats(-1e6, 1e6), max_size=3)
         elif get_args(hint):
             strategies[key] = st.sampled_from(get_args(hint))
@@ -365,7 +429,7 @@ def values_of(section: str) -> st.SearchStrategy[dict[str, Any]]:
         elif hint is float:
             strategies[key] = st.floats(0.001, 10**6)
         elif hint is int:
-            strategies[key] = st.integers(2**20, 2**40) if key.endswith("_bytes") else st.integers(1, 6)
+            strategies[key] = st.integers(2**20, 2**40) if is_size(key) else st.integers(1, 6)
         elif key in ("path", "capture"):
             strategies[key] = st.just("/cache")
         elif key == "numa":
@@ -392,7 +456,8 @@ def test_to_dict_is_read_back(
     nvme: dict[str, Any] | None,
 ) -> None:
     tiers = [] if memory is None else [{"type": "memory", **memory}]
-    tiers += [] if nvme is None else [{"type": "nvme", "path": "/cache", **nvme}]
+    below = {"type": "nvme", "path": "/below", "write_mode": "on_evict"}
+    tiers += [] if nvme is None else [{"type": "nvme", "path": "/cache", **nvme}, below]
     config = parse_config({"store": store, "metrics": metrics, "vllm": vllm, "tier": tiers})
     assert parse_config(to_dict(config)) == config
     for key, value in store.items():

@@ -14,11 +14,17 @@ import pytest
 from kvstrata import BlockLayout, BlockStore
 from kvstrata.config import (
     Config,
+    MediumFields,
     MemoryTierConfig,
     MetricsConfig,
     NvmeTierConfig,
+    ObjectStoreTierConfig,
+    PoolTierConfig,
+    SharedFsTierConfig,
+    ServeConfig,
     StoreConfig,
     VllmConfig,
+    is_size,
     parse_size,
 )
 from kvstrata.hashing import canonical, chain_keys, namespace_digest, wrap_keys
@@ -31,13 +37,24 @@ from kvstrata.types import Namespace
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SECTIONS = {
+    MediumFields: "tiers.md",
     MemoryTierConfig: "tiers/memory.md",
     NvmeTierConfig: "tiers/nvme.md",
+    SharedFsTierConfig: "tiers/shared_fs.md",
+    ObjectStoreTierConfig: "tiers/object_store.md",
+    PoolTierConfig: "tiers/pool.md",
     StoreConfig: "structures.md",
     MetricsConfig: "metrics.md",
     VllmConfig: "vllm.md",
+    ServeConfig: "serve.md",
 }
-FIELDS = [(section, field) for section in SECTIONS for field in dataclasses.fields(section)]
+COMMON = {field.name for field in dataclasses.fields(MediumFields)}
+FIELDS = [
+    (section, field)
+    for section in SECTIONS
+    for field in dataclasses.fields(section)
+    if section is MediumFields or not issubclass(section, MediumFields) or field.name not in COMMON
+]
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "CHANGELOG.md"])
 
 
@@ -82,7 +99,8 @@ def test_every_key_is_described_with_its_default(section: type, field: dataclass
         return
     value = tomllib.loads("value = " + found[0][1].strip("`"))["value"]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    assert (parse_size(value) if field.name.endswith("_bytes") else value) == default
+    value = tuple(value) if isinstance(value, list) else value
+    assert (parse_size(value) if is_size(field.name) else value) == default
 
 
 def test_every_policy_and_parameter_is_described_with_its_default() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -14,19 +15,42 @@ from prometheus_client.core import (
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from kvstrata.config import MetricsConfig
+from kvstrata.config import Config, MetricsConfig, attach_staging_bytes
 from kvstrata.errors import ConfigError
-from kvstrata.store import BlockStore
-from kvstrata.telemetry import BUCKETS_SECONDS, CATALOGUE, HISTOGRAMS, Histogram
+from kvstrata.store import TierStatus
+from kvstrata.telemetry import BUCKETS_SECONDS, CATALOGUE, HISTOGRAMS, Histogram, Telemetry
+from kvstrata.tiers import Tier
 
 PREFIX = "kvstrata_"
 
 
-class StoreCollector(Collector):
-    """Reads the store when it is asked; keeps no numbers of its own."""
+class Watched(Protocol):
+    """What a store shows: one of this process, or the client's end of one that is served."""
 
-    def __init__(self, store: BlockStore) -> None:
+    config: Config
+    telemetry: Telemetry
+
+    @property
+    def queued(self) -> dict[str, int]: ...
+
+    @property
+    def capture_held_bytes(self) -> int: ...
+
+    @property
+    def tiers(self) -> Sequence[Tier]: ...
+
+    def status(self) -> list[TierStatus]: ...
+
+
+class StoreCollector(Collector):
+    """Reads the store when it is asked; keeps no numbers of its own.
+
+    more: further metrics, of who owns the store.
+    """
+
+    def __init__(self, store: Watched, more: Callable[[], Iterator[Metric]] = lambda: iter(())) -> None:
         self._store = store
+        self._more = more
 
     def collect(self) -> Iterator[Metric]:
         telemetry = self._store.telemetry
@@ -44,6 +68,7 @@ class StoreCollector(Collector):
                 spread.add_metric(label_values, _buckets(histogram), histogram.total_seconds)
             yield spread
         yield from self._gauges()
+        yield from self._more()
 
     def _gauges(self) -> Iterator[Metric]:
         for name, value in self._store.queued.items():
@@ -66,6 +91,8 @@ class StoreCollector(Collector):
             "throttle_seconds": settings.throttle_seconds,
             "breaker_failures": settings.breaker_failures,
             "breaker_retry_seconds": settings.breaker_retry_seconds,
+            "staging_bytes": 2 * settings.staging_bytes,
+            "attach_staging_bytes": attach_staging_bytes(self._store.config.tiers),
             "close_seconds": settings.close_seconds,
             "events": settings.events,
             "capture_bytes": settings.capture_bytes,
@@ -76,8 +103,10 @@ class StoreCollector(Collector):
         for name, bound in bounds.items():
             family.add_metric([name], bound)
         yield family
+        yield self._tier_bounds()
         tiers = self._store.status()
         for name, text in (
+            ("shared", "1 for a tier that other processes write to"),
             ("readable", "1 while the tier serves loads"),
             ("writable", "1 while the tier takes saves"),
             ("blocks", "Loadable blocks"),
@@ -90,6 +119,17 @@ class StoreCollector(Collector):
                 family.add_metric([tier.name], float(getattr(tier, name)))
             yield family
         yield from self._engines()
+
+    def _tier_bounds(self) -> Metric:
+        family = GaugeMetricFamily(
+            PREFIX + "tier_bound", "Numbers of each tier's configuration", labels=["tier", "name"]
+        )
+        config = self._store.config
+        for tier, section in zip(self._store.status(), config.tiers, strict=True):
+            for name, value in dataclasses.asdict(section).items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    family.add_metric([tier.name, name], float(value))
+        return family
 
     def _engines(self) -> Iterator[Metric]:
         units = CounterMetricFamily(
@@ -125,10 +165,15 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 class MetricsServer:
     """Serves one store's metrics until closed."""
 
-    def __init__(self, store: BlockStore, config: MetricsConfig) -> None:
-        """Raises ConfigError if the port cannot be had."""
+    def __init__(
+        self,
+        store: Watched,
+        config: MetricsConfig,
+        more: Callable[[], Iterator[Metric]] = lambda: iter(()),
+    ) -> None:
+        """Raises ConfigError if the port cannot be had. more: see StoreCollector."""
         registry = CollectorRegistry()
-        registry.register(StoreCollector(store))
+        registry.register(StoreCollector(store, more))
         self._server: Any
         try:
             self._server, self._thread = start_http_server(config.port, config.host, registry=registry)

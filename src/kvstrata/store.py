@@ -15,7 +15,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +23,13 @@ from functools import partial
 import numpy as np
 
 from kvstrata.admission import Admission, AdmissionGate
-from kvstrata.config import Config, format_size
+from kvstrata.attaching import Attaching
+from kvstrata.config import Config, MediumFields, format_size, tier_names
+from kvstrata.demotion import Demotion
 from kvstrata.errors import ConfigError, LayoutMismatchError, StoreClosedError
-from kvstrata.loading import Loading
+from kvstrata.loading import Loading, LoadPath
+from kvstrata.placing import Placing
+from kvstrata.relay import Relay
 from kvstrata.saving import SaveEnd, Saving
 from kvstrata.table import Placements
 from kvstrata.telemetry import Telemetry
@@ -37,6 +41,7 @@ from kvstrata.transfer.buffers import Buffers
 from kvstrata.transfer.file_io import FileIO
 from kvstrata.transfer.handle import Mask, Transfer
 from kvstrata.transfer.plan import Direction
+from kvstrata.transfer.staging import Staging
 from kvstrata.types import BlockKey, BlockLayout, Lookup, Namespace, Outcome, PrefixMatch
 from kvstrata.write_back import WriteBack
 
@@ -55,6 +60,7 @@ class TierStatus:
     """One tier as an operator sees it."""
 
     name: str
+    shared: bool
     opened: bool
     readable: bool
     writable: bool
@@ -69,9 +75,10 @@ class TierStatus:
 class BlockStore:
     """config: its tiers, fastest first, and every bound. layout: the shape of a block.
 
-    namespace: whose blocks these are; keys must have been made with its digest. file_io: the file layer,
-    replaced by tests that make a disk fail. Raises ConfigError, FolderLockedError and FormatVersionError;
-    a medium that answers errors is not one of them: its tier starts out of service and is tried again.
+    namespace: whose blocks these are; keys must have been made with its digest. file_io: the file layer, of
+    all tiers or by their names, replaced by tests that make a disk fail. clock: of budgets, in seconds.
+    Raises ConfigError, FolderLockedError and FormatVersionError; a medium that answers errors is not one of
+    them: its tier starts out of service and is tried again.
     """
 
     def __init__(
@@ -80,8 +87,9 @@ class BlockStore:
         layout: BlockLayout,
         namespace: Namespace,
         *,
-        file_io: FileIO | None = None,
+        file_io: FileIO | Mapping[str, FileIO] | None = None,
         telemetry: Telemetry | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not config.tiers:
             raise ConfigError("no tier is configured; add a [[tier]] table")
@@ -101,9 +109,26 @@ class BlockStore:
         self._capture: Capture | None = None
         if settings.capture:
             self._capture = Capture(settings, layout, namespace, self.telemetry)
-        io = file_io or FileIO()
-        tiers = [make_tier(tier, layout, namespace, settings, self.telemetry, io) for tier in config.tiers]
+        plain = FileIO()
+        names = tier_names(config.tiers)
+        layers = file_io if isinstance(file_io, Mapping) else dict.fromkeys(names, file_io or plain)
+        tiers = [
+            make_tier(tier, layout, namespace, settings, self.telemetry, layers.get(name, plain), name)
+            for tier, name in zip(config.tiers, names, strict=True)
+        ]
         self._stack = TierStack(tiers, config.tiers, self.telemetry)
+        staging = Staging(layout.block_bytes, settings.staging_bytes)
+        relay = Relay(self._stack, staging, settings.io_deadline_seconds)
+        self._stack.hear_left = {
+            number - 1: Demotion(self._stack, number - 1, relay).push
+            for number, mode in enumerate(self._stack.modes)
+            if mode == "on_evict"
+        }
+        self._attaching = self._make_attaching(clock)
+        self._path = LoadPath(
+            self._stack, self._attaching, Staging(layout.block_bytes, settings.staging_bytes)
+        )
+        self._stages = [staging, self._path.places]
         with ExitStack() as undo:
             for tier in tiers:
                 undo.callback(tier.close, clean=True)
@@ -115,16 +140,29 @@ class BlockStore:
             settings.full_queue,
             settings.throttle_seconds,
         )
-        self._write_back = self._make_write_back()
+        self._placing = Placing(self._stack, self._make_write_backs(relay))
         if self._capture is not None:
             self._capture.start()
 
-    def _make_write_back(self) -> WriteBack | None:
+    def _make_write_backs(self, relay: Relay) -> dict[int, WriteBack]:
+        """By number of the tier. A shared one may have turned blocks away that it has room for now: what is
+        above and not there goes there with the next save of its chain, whatever the write mode.
+        """
         stack, settings = self._stack, self.config.store
-        if stack.memory is None or stack.through or len(stack) < 2:
-            return None
-        gate = AdmissionGate(settings.queue_blocks, settings.queue_bytes, "drop", 0.0)
-        return WriteBack(stack.memory, stack[1], gate, self.telemetry, stack.stored)
+        blocks, size = settings.queue_blocks, settings.queue_bytes
+        return {
+            number: WriteBack(stack, number, AdmissionGate(blocks, size, "drop", 0.0), relay)
+            for number in stack.direct
+            if number > stack.primary and (stack.modes[number] == "back" or stack[number].shared)
+        }
+
+    def _make_attaching(self, clock: Callable[[], float]) -> Attaching | None:
+        for number, config in enumerate(self.config.tiers):
+            if isinstance(config, MediumFields) and config.attach != "no":
+                deadline = self.config.store.io_deadline_seconds
+                block_bytes = self.layout.block_bytes
+                return Attaching(self._stack, number, self.namespace, block_bytes, deadline, clock)
+        return None
 
     # Looking
 
@@ -198,8 +236,20 @@ class BlockStore:
         transfer.settle(missing, absent)
         transfer.hold(len(keys) - len(missing))
         for number, placements in groups:
-            Loading(self._stack, transfer, number, placements, buffers).start()
+            Loading(self._path, transfer, number, placements, buffers).start()
+        if self._attaching is not None:
+            self._bring_along(self._attaching, match, groups, len(keys))
         return transfer
+
+    @staticmethod
+    def _bring_along(
+        attaching: Attaching, match: PrefixMatch, groups: Sequence[tuple[int, Placements]], asked: int
+    ) -> None:
+        """What the cache fetches beside what was asked for: chunks, and what follows in the chain."""
+        for number, placements in groups:
+            if number > attaching.number:
+                attaching.follow(number, placements.keys)
+        attaching.fetch(match.keys[asked : asked + attaching.read_ahead_blocks])
 
     @contextmanager
     def views(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
@@ -272,7 +322,7 @@ class BlockStore:
         wanted[offered[:count]] = True
         if self._capture is not None:
             self._capture.record(request, keys, ended=alone)
-        groups, present, refused, otherwise = self._place(keys, wanted, request)
+        groups, present, refused, otherwise = self._placing.place(keys, wanted, request)
         moving = np.zeros(len(keys), dtype=np.bool_)
         for _, placements in groups:
             moving[placements.positions] = True
@@ -285,56 +335,16 @@ class BlockStore:
         self._settle_saves(transfer, shut_out, Outcome.REJECTED)
         self._settle_saves(transfer, refused, otherwise)
         self._settle_saves(transfer, ~(moving | present | shut_out | refused), Outcome.ABSENT)
-        ended = SaveEnd(self._gate, buffers, int(moving.sum()), lambda: self._after_save(keys, request))
+        ended = SaveEnd(
+            self._gate, buffers, int(moving.sum()), lambda: self._placing.after_save(keys, request)
+        )
         transfer.hold(int(moving.sum()))
         for tier, placements in groups:
-            Saving(self._stack, transfer, tier, placements, buffers, ended).start()
+            through = [number for number in self._stack.through if number > tier]
+            Saving(self._stack, transfer, self._stack[tier], placements, buffers, ended, through).start()
         if not groups:
-            self._after_save(keys, request)
+            self._placing.after_save(keys, request)
         return transfer
-
-    def _place(
-        self, keys: Sequence[BlockKey], wanted: Mask, request: int
-    ) -> tuple[list[tuple[Tier, Placements]], Mask, Mask, Outcome]:
-        """Reserve a slot for every wanted block that is not there, in the first tier that has room.
-
-        Returns placements by tier, the positions that were there already, those that found no room
-        anywhere, and the outcome that these get.
-        """
-        groups: list[tuple[Tier, Placements]] = []
-        present = np.zeros(len(keys), dtype=np.bool_)
-        refused = wanted.copy()
-        otherwise = Outcome.UNAVAILABLE
-        for tier in self._stack:
-            if not tier.writable:
-                self._stack.probe_later(tier)
-                continue
-            tier.refresh()
-            recorded = tier.table.record(
-                keys, refused.tolist(), request=request, ttl_seconds=tier.ttl_seconds
-            )
-            self.telemetry.count("evictions_total", tier.name, by=recorded.evicted)
-            if len(recorded.placed):
-                groups.append((tier, recorded.placed))
-            present[recorded.hits] = True
-            refused[:] = False
-            refused[recorded.refused] = True
-            otherwise = Outcome.REJECTED
-            if not recorded.refused:
-                break
-        return groups, present, refused & ~present, otherwise
-
-    def _after_save(self, keys: Sequence[BlockKey], request: int) -> None:
-        """What a save leaves to do when its last block is in its first tier."""
-        if self._write_back is not None:
-            lower = self._stack[1]
-            if lower.writable:
-                lower.refresh()
-            else:
-                self._stack.probe_later(lower)
-            self._write_back.push(keys, request)
-        elif self._stack.through and self._stack[1].opened:
-            self._stack[1].table.record(keys, request=request)
 
     def _settle_saves(self, transfer: Transfer, which: Mask, outcome: Outcome) -> None:
         positions = np.flatnonzero(which)
@@ -395,6 +405,7 @@ class BlockStore:
         return [
             TierStatus(
                 name=tier.name,
+                shared=tier.shared,
                 opened=tier.opened,
                 readable=tier.readable,
                 writable=tier.writable,
@@ -418,6 +429,9 @@ class BlockStore:
             "queued_stores": stores,
             "held_blocks": blocks,
             "held_bytes": size,
+            "moving_blocks": self._stack.moving,
+            "staged_bytes": sum(staging.used_bytes for staging in self._stages),
+            "attach_staged_bytes": 0 if self._attaching is None else self._attaching.staging.used_bytes,
         }
 
     @property
@@ -494,10 +508,11 @@ def _within(seconds: float, work: Callable[[], object]) -> bool:
     return not thread.is_alive()
 
 
+_BEST_LAST = (Lookup.MISS, Lookup.PENDING, Lookup.ASKING, Lookup.HIT)
+
+
 def _better(first: Lookup, second: Lookup) -> Lookup:
-    if first is Lookup.HIT or second is Lookup.MISS:
-        return first
-    return second
+    return max(first, second, key=_BEST_LAST.index)
 
 
 def _prefix(states: Sequence[Lookup]) -> int:

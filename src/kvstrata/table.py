@@ -9,6 +9,9 @@ that a batch is atomic. The states of an id:
 
 A reserved id is pinned by its writer. A doomed id is out of the index, so nobody finds it any more,
 and its slot comes back with its last pin.
+
+A table with spare slots hands what the policy evicts to whoever called `record`, with the slot, so that
+its bytes can be copied to a tier below; the slot comes back with `let_go`. Such a block has no id here.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,13 +105,15 @@ class Recorded:
     """Answer of `BlockTable.record`.
 
     hits: positions that were resident or being written before. placed: placements to be written, then
-    committed or aborted. refused: positions that found no room. evicted: blocks that left.
+    committed or aborted. refused: positions that found no room. evicted: blocks that left. left: those of
+    them that still have their slots, for the caller to copy and then to `let_go`; positions count from 0.
     """
 
     hits: list[int]
     placed: Placements
     refused: list[int]
     evicted: int
+    left: Placements | None = None
 
     @property
     def reserved(self) -> list[Placement]:
@@ -181,6 +186,8 @@ class BlockTable:
         self._free_ids = list(range(max_ids - 1, -1, -1))
         self._free_slots = list(range(slots - 1, -1, -1))
         self._withdrawn: list[int] = []
+        self._spare = 0
+        self._leaving: set[int] = set()
         self._expiry: list[tuple[int, int, int]] = []
         self._next_sequence = 1
 
@@ -286,7 +293,11 @@ class BlockTable:
                 self._pins,
                 request,
             )
-            left = self._leave(evicted, forgotten)
+            gone = self._evicted(evicted) if self._spare else None
+            left = self._leave(evicted, forgotten, keep=gone is not None)
+            if gone is not None:
+                wanted = sum(self._policy.resident(index) for _, index in fresh)
+                gone = self._keep_slots(gone, wanted)
             taken: list[int] = []
             refused: list[int] = []
             expires_ms = self._clock_ms() + int(ttl_seconds * 1000) if ttl_seconds else NEVER_MS
@@ -317,7 +328,29 @@ class BlockTable:
             self._expires_ms[reserved] = expires_ms
             places = placed[:, 0]
             kept = [keys[position] for position in places.tolist()]
-            return Recorded(hits, self._placements(places, reserved, kept), refused, left)
+            return Recorded(hits, self._placements(places, reserved, kept), refused, left, gone)
+
+    def _evicted(self, evicted: Ids) -> Placements:
+        """What leaves, while everything about it is known."""
+        indices = evicted[self._state[evicted] == RESIDENT].astype(np.int64)
+        keys = [key for index in indices.tolist() if (key := self._keys[index]) is not None]
+        return self._placements(np.arange(len(indices)), indices, keys)
+
+    def _keep_slots(self, gone: Placements, wanted: int) -> Placements:
+        """Of the slots of blocks that left, free what newcomers need: that of the coldest blocks."""
+        given = min(len(gone), max(0, wanted - len(self._free_slots)))
+        self._free_slots += gone.slots[:given].tolist()
+        kept = gone.take(np.arange(given, len(gone)))
+        self._leaving.update(kept.slots.tolist())
+        return replace(kept, positions=np.arange(len(kept)))
+
+    def let_go(self, left: Placements) -> None:
+        """Slots of blocks that left are free: their bytes were copied, or nobody wants them."""
+        with self._lock:
+            slots = left.slots.tolist()
+            assert self._leaving.issuperset(slots), "a slot was let go twice"
+            self._leaving.difference_update(slots)
+            self._free_slots += slots
 
     def _take_id(self, key: BlockKey) -> int:
         index = self._free_ids.pop()
@@ -327,8 +360,11 @@ class BlockTable:
             self._policy.digest[index] = int.from_bytes(key[:8], "little")
         return index
 
-    def _leave(self, evicted: Ids, forgotten: Ids) -> int:
-        """Take out what the policy evicted and forgot; return how many had a slot."""
+    def _leave(self, evicted: Ids, forgotten: Ids, *, keep: bool = False) -> int:
+        """Take out what the policy evicted and forgot; return how many had a slot.
+
+        keep: their slots are somebody's else to free.
+        """
         left = 0
         for index in evicted.tolist():
             if self._state[index] != RESIDENT:
@@ -338,7 +374,10 @@ class BlockTable:
             assert key is not None
             assert self._pins[index] == 0, "a pinned block was evicted"
             del self._resident[key]
-            self._give_slot(index)
+            if keep:
+                self._slot[index] = -1
+            else:
+                self._give_slot(index)
             self._state[index] = GHOST
         for index in forgotten.tolist():
             if self._state[index] == GHOST and not self._policy.where[index]:
@@ -479,8 +518,18 @@ class BlockTable:
             self._fit()
             return count
 
+    def set_spare(self, slots: int) -> int:
+        """Keep so many slots for blocks on their way out, at most half. Returns blocks evicted.
+
+        From here on `record` says what left.
+        """
+        with self._lock:
+            self._spare = min(slots, self.slots // 2)
+            return self._fit()
+
     def _fit(self) -> int:
         usable = self.slots - len(self._withdrawn)
+        usable -= min(self._spare, usable // 2)
         evicted, forgotten = self._policy.resize(usable, self._sizes, self._pins)
         return self._leave(evicted, forgotten)
 
@@ -581,7 +630,7 @@ class BlockTable:
             holding = np.flatnonzero(np.isin(states, (RESERVED, RESIDENT, DOOMED)))
             slots = self._slot[holding].tolist()
             assert len(set(slots)) == len(slots), "two blocks share a slot"
-            every = slots + self._free_slots + self._withdrawn
+            every = slots + self._free_slots + self._withdrawn + list(self._leaving)
             assert sorted(every) == list(range(self.slots)), "a slot was lost or doubled"
             assert np.all(self._slot[np.isin(states, (FREE, GHOST))] == -1)
             for key, index in self._resident.items():

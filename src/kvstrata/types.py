@@ -20,6 +20,8 @@ class Lookup(Enum):
     HIT = "hit"
     PENDING = "pending"
     """Being saved: not loadable yet."""
+    ASKING = "asking"
+    """A backend that others fill is being asked: look again, it will be known soon."""
 
 
 class Outcome(Enum):

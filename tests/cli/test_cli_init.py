@@ -13,9 +13,11 @@ from typer.testing import Result
 
 from kvstrata.config import (
     Config,
+    MediumFields,
     MemoryTierConfig,
     MetricsConfig,
     NvmeTierConfig,
+    ServeConfig,
     StoreConfig,
     VllmConfig,
     load_config,
@@ -26,7 +28,10 @@ SECTIONS = (StoreConfig, MetricsConfig, VllmConfig, NvmeTierConfig, MemoryTierCo
 
 
 def names(section: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(section)]
+    """Its own keys, then those that every tier has but memory."""
+    common = {field.name for field in dataclasses.fields(MediumFields)}
+    keys = [field.name for field in dataclasses.fields(section)]
+    return sorted(keys, key=common.__contains__) if issubclass(section, MediumFields) else keys
 
 
 def test_default_file_is_the_default_configuration(run: Run, tmp_path: Path) -> None:
@@ -43,10 +48,17 @@ def test_every_key_is_written_active_and_with_a_comment(run: Run, tmp_path: Path
     path = tmp_path / "all.toml"
     assert run("init", path, "--memory-capacity", "1GiB").exit_code == 0
     parts = re.split(r"^(\[.*\])$", path.read_text(), flags=re.MULTILINE)
-    heads = ["[[tier]]", "[[tier]]", "[store]", "[metrics]", "[vllm]"]
+    heads = ["[[tier]]", "[[tier]]", "[store]", "[metrics]", "[serve]", "[vllm]"]
     assert parts[1::2] == heads
     bodies = parts[2::2]
-    sections = (MemoryTierConfig, NvmeTierConfig, StoreConfig, MetricsConfig, VllmConfig)
+    sections = (
+        MemoryTierConfig,
+        NvmeTierConfig,
+        StoreConfig,
+        MetricsConfig,
+        ServeConfig,
+        VllmConfig,
+    )
     for section, body in zip(sections, bodies, strict=True):
         keys = re.findall(r"^(\w+) = \S.*  # \S", body, flags=re.MULTILINE)
         assert keys == names(section)

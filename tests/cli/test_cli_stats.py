@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from cli_kit import (
     BLOCK_BYTES,
+    BLOCK_TOKENS,
     MIB,
+    TINY,
     assert_one_error,
     assert_program_error,
     open_store,
@@ -25,10 +27,11 @@ from cli_kit import (
 from typer.testing import Result
 
 from kvstrata.cli.scrape import Page, endpoint, quantile
-from kvstrata.config import MetricsConfig
+from kvstrata.config import Config, MetricsConfig, NvmeTierConfig, StoreConfig, TierConfig
 from kvstrata.metrics import MetricsServer
 from kvstrata.store import BlockStore
 from kvstrata.telemetry import BUCKETS_SECONDS
+from kvstrata.types import BlockLayout
 
 Run = Callable[..., Result]
 
@@ -91,6 +94,9 @@ def test_figures_are_those_of_the_store(run: Run, store: BlockStore) -> None:
         "queued_stores": None,
         "held_blocks": settings.queue_blocks,
         "held_bytes": settings.queue_bytes,
+        "moving_blocks": None,
+        "staged_bytes": 2 * settings.staging_bytes,
+        "attach_staged_bytes": 0,
     }
     assert {row["name"] for row in found["queues"]} == set(store.queued)
     latencies = {(row["op"], row["tier"]): row for row in found["latencies"]}
@@ -106,6 +112,51 @@ def test_figures_are_those_of_the_store(run: Run, store: BlockStore) -> None:
         {"name": "write_bytes_total", "labels": {"tier": tier}, "count": 20 * BLOCK_BYTES}
         for tier in ("memory", "nvme")
     ]
+
+
+def open_tiers(*tiers: TierConfig) -> BlockStore:
+    store = StoreConfig(io_threads=2, io_store_threads=1)
+    return BlockStore(Config(store, tiers), BlockLayout(BLOCK_BYTES, BLOCK_TOKENS), TINY)
+
+
+def nvme(path: Path, **fields: Any) -> NvmeTierConfig:
+    return NvmeTierConfig(str(path), capacity_bytes=4 * MIB, **fields)
+
+
+def test_traffic_and_the_read_cache(run: Run, tmp_path: Path) -> None:
+    """Two rounds over blocks of a lower tier: what the cache kept, and what it kept off the tier below."""
+    with open_tiers(nvme(tmp_path / "below")) as below:
+        keys, _ = save_blocks(below, 20)
+    cache = nvme(tmp_path / "cache", attach="second", write_mode="none")
+    with open_tiers(cache, nvme(tmp_path / "below")) as store:
+        for part in (keys[:12], keys, keys):
+            targets = [bytearray(BLOCK_BYTES) for _ in part]
+            assert store.load(store.lookup(part), targets).wait(20)
+            assert store.flush()
+        with serving(store) as port:
+            found = look(run, f"http://127.0.0.1:{port}")
+            text = run("stats", f"http://127.0.0.1:{port}").stdout
+    # 12 + 20 + 8 come from below; 12 of the last round are local.
+    asked = 12 + 20 + 20
+    assert found["traffic"] == [
+        {"tier": "nvme", "served_blocks": 12, "served_bytes": 12 * BLOCK_BYTES,
+         "hit_ratio": 12 / asked, "kept_off_bytes": 0},
+        {"tier": "nvme2", "served_blocks": 40, "served_bytes": 40 * BLOCK_BYTES,
+         "hit_ratio": 40 / asked, "kept_off_bytes": 12 * BLOCK_BYTES},
+    ]  # fmt: skip
+    assert found["attach"] == [
+        {"tier": "nvme", "offered_blocks": 40, "attached_blocks": 20, "attached_bytes": 20 * BLOCK_BYTES,
+         "attach_ratio": 0.5, "refused_blocks": {"first_read": 20}},
+    ]  # fmt: skip
+    assert [tier["shared"] for tier in found["tiers"]] == [0, 0]
+    for words in ("read cache", "first_read 20", "0.500", "kept off it"):
+        assert words in text
+
+
+def test_a_store_without_a_read_cache_shows_none(run: Run, store: BlockStore) -> None:
+    with serving(store) as port:
+        assert look(run, f"http://127.0.0.1:{port}")["attach"] == []
+        assert "read cache" not in run("stats", f"http://127.0.0.1:{port}").stdout
 
 
 def test_table_shows_the_same(store: BlockStore) -> None:

@@ -67,10 +67,10 @@ def test_every_tier_serves_what_it_serves_live(
     """300 real requests through a store of two tiers: the same first tier for every block of every request,
     and the same traffic."""
     chains = read_chains(SAMPLE)
-    memory = MemoryTierConfig(
-        capacity_bytes=IN_MEMORY * SLOT_BYTES, policy=upper, promote=promote, write_mode=mode
+    memory = MemoryTierConfig(capacity_bytes=IN_MEMORY * SLOT_BYTES, policy=upper, promote=promote)
+    nvme = NvmeTierConfig(
+        path=str(tmp_path / "nvme"), capacity_bytes=25 * 2**20, policy=lower, write_mode=mode
     )
-    nvme = NvmeTierConfig(path=str(tmp_path / "nvme"), capacity_bytes=25 * 2**20, policy=lower)
     with open_store(memory, nvme) as store:
         on_nvme = store.tiers[1].table.slots
         replay = LiveReplay(store, sources=sources, in_turn=promote)

@@ -470,7 +470,7 @@ def test_a_hanging_write_never_stores_changed_bytes(
 
 def test_a_hang_below_a_write_through_costs_the_deadline(tmp_path: Path, io: FaultyIO) -> None:
     with open_store(
-        memory_tier(16, write_mode="through"), nvme_tier(tmp_path), file_io=io, **HANGS
+        memory_tier(16), nvme_tier(tmp_path, write_mode="through"), file_io=io, **HANGS
     ) as store:
         save(store, MORE)
         io.hang("write")

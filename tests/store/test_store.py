@@ -58,7 +58,7 @@ SHAPES: dict[str, Callable[[Path], Tiers]] = {
     "nvme-synced": lambda folder: (nvme_tier(folder, sync="always"),),
     "arc": lambda folder: (memory_tier(64, policy="arc"), nvme_tier(folder, policy="arc")),
     "write-back": lambda folder: (memory_tier(64), nvme_tier(folder)),
-    "write-through": lambda folder: (memory_tier(64, write_mode="through"), nvme_tier(folder)),
+    "write-through": lambda folder: (memory_tier(64), nvme_tier(folder, write_mode="through")),
 }
 
 
@@ -334,7 +334,7 @@ def test_write_back_puts_everything_below(tmp_path: Path) -> None:
 
 
 def test_write_through_is_below_when_the_save_is_done(tmp_path: Path) -> None:
-    with open_store(memory_tier(8, write_mode="through"), nvme_tier(tmp_path)) as store:
+    with open_store(memory_tier(8), nvme_tier(tmp_path, write_mode="through")) as store:
         for number in range(8):
             save(store, chain(number, 4))
             assert store.tiers[1].table.lookup(chain(number, 4)) == [Lookup.HIT] * 4

@@ -813,6 +813,29 @@ def test_cancel_leaves_what_runs_and_what_is_done(tmp_path: Path, io: FaultyIO) 
         assert order.wait(2)[:, k.RESULT].tolist() == [k.LATE, GOOD]
 
 
+@pytest.mark.parametrize("shift", [0, 5], ids=["direct", "bounced"])
+def test_what_was_abandoned_is_read_and_copied_nowhere(shift: int, tmp_path: Path, io: FaultyIO) -> None:
+    """Two hang, two wait, and one of those that hang is called off; what is done cannot be any more."""
+    file = SlotFile(tmp_path / "file", 4, 8192)
+    memory, copies = Memory(4, 8192, shift), Memory(4, 8192)
+    with closing(file.engine(file_io=io, workers=2, store_workers=1)) as engine:
+        sums = write_all(file, engine, Memory(4, 8192))
+        rows = file.rows(k.READ, range(4), memory.addresses(range(4)), checksums=sums)
+        rows[:, k.COPY_TO] = copies.addresses(range(4))
+        io.hang("read")
+        heard = Heard()
+        batch = engine.submit(rows, loads=True, on_done=heard)
+        io.wait_hanging("read", 2)
+        assert batch.abandon(np.array([1, 2, 3])).tolist() == [1], "2 and 3 have not begun"
+        assert batch.abandon(np.array([1])).tolist() == [1]
+        io.release()
+        assert heard.wait(4)[:, k.RESULT].tolist() == [GOOD] * 4
+        assert batch.abandon(np.arange(4)).tolist() == []
+    for number in range(4):
+        assert memory.view(number) == bytes_of((0, number), 8192)
+        assert bytes(copies.view(number)) == (bytes(8192) if number == 1 else bytes_of((0, number), 8192))
+
+
 def test_taking_the_last_ones_back_tells_of_the_others(tmp_path: Path, io: FaultyIO) -> None:
     """Nobody polls: what was done before the rest was taken back is heard of all the same."""
     file = SlotFile(tmp_path / "file", 4, 8192)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,3 +345,62 @@ def test_many_workers_and_pollers(cut_off: bool) -> None:
     assert bool(late) == cut_off
     assert sorted(position for part in calls.late for position in part) == late
     assert len(calls.done) == 1
+
+
+# Alarms
+
+
+def test_an_alarm_rings_once_for_who_polls_or_waits() -> None:
+    for ask in (lambda t: t.poll(), lambda t: t.wait(0.2)):
+        transfer = Transfer(Direction.LOAD, 2, 60.0)
+        transfer.hold(2)
+        rang: list[int] = []
+        transfer.after(0.01, lambda rang=rang: rang.append(1))  # type: ignore[misc]
+        transfer.after(100.0, lambda rang=rang: rang.append(2))  # type: ignore[misc]
+        until = time.monotonic() + 30
+        while not rang and time.monotonic() < until:
+            ask(transfer)
+        ask(transfer)
+        assert rang == [1]
+
+
+def test_no_alarm_when_all_is_known_or_behind_the_deadline() -> None:
+    transfer = Transfer(Direction.LOAD, 1, 60.0)
+    transfer.hold(1)
+    transfer.after(0.0, lambda: pytest.fail("nobody needed it"))
+    transfer.finish(np.array([0]), [Outcome.LOADED])
+    assert transfer.poll() and transfer.wait()
+    late = Transfer(Direction.LOAD, 1, 0.01)
+    late.after(0.02, lambda: pytest.fail("the deadline came first"))
+    while not late.poll():
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert late.poll() and late.outcomes == [Outcome.LATE]
+
+
+def test_waiting_does_not_hang_in_a_batch_that_an_alarm_has_left() -> None:
+    """What hangs was given up when the alarm rang; what comes from elsewhere ends the wait."""
+
+    class Hanging:
+        def cancel(self) -> Any:
+            return np.zeros(0, np.int64)
+
+        def help(self) -> None:
+            pass
+
+        def wait(self, until: float) -> None:
+            time.sleep(max(0.0, until - time.monotonic()))
+
+    transfer = Transfer(Direction.LOAD, 1, 600.0)
+    transfer.hold(1)
+    transfer.attach(Hanging(), lambda positions: None)
+
+    def elsewhere() -> None:
+        threading.Timer(0.05, lambda: transfer.finish(np.array([0]), [Outcome.LOADED])).start()
+
+    transfer.after(0.05, elsewhere)
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(transfer.wait()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert done == [True] and transfer.released

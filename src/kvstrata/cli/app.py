@@ -16,6 +16,7 @@ from kvstrata.cli.init import init
 from kvstrata.cli.inspect import inspect
 from kvstrata.cli.output import one_line
 from kvstrata.cli.prepare import prepare
+from kvstrata.cli.serve import serve
 from kvstrata.cli.sim import app as sim
 from kvstrata.cli.stats import stats
 from kvstrata.cli.trace import app as trace
@@ -69,7 +70,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 good, 1 something bad was found, 2 wrong use or input, 130 interrupted.",
 )
-for _command in (init, prepare, inspect, verify, stats, vllm_config):
+for _command in (init, prepare, serve, inspect, verify, stats, vllm_config):
     app.command(_command.__name__.replace("_", "-"))(_command)
 app.add_typer(trace)
 app.add_typer(sim)

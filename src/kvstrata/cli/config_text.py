@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from kvstrata.config import Config, MemoryTierConfig, TierConfig
+from kvstrata.config import Config, MediumFields, MemoryTierConfig, TierConfig, is_size
 
 WORDS: dict[str, dict[str, str]] = {
     "memory": {
@@ -19,11 +19,28 @@ WORDS: dict[str, dict[str, str]] = {
         "policy_options": "parameters of the policy that differ from their defaults",
         "ttl_seconds": "blocks older than this are misses; 0: no limit",
         "verify": "check the checksum on every read from memory",
-        "write_mode": "the tier below gets a block later, or before the save is done",
         "promote": "copy a block that was read from the tier below into memory",
         "touch": "take the memory from the system ahead of its first use",
         "numa": 'nodes that it lies on: "auto", "interleave", "off", or a node such as "0"',
         "pin": "register it with the CUDA driver, if there is one",
+    },
+    "tier": {
+        "write_mode": "it gets saves: later, before they are done, when the tier above drops a block, never",
+        "deadline_seconds": "a load asks the tiers below after so long; 0: the store's time for all of it",
+        "breaker_failures": "errors in a row that take it out of service; 0: as the store says",
+        "breaker_retry_seconds": "after so long it is tried again; 0: as the store says",
+        "demote_bytes": 'room kept in the tier above for blocks on their way here, with "on_evict"',
+        "attach": "keep what is read from below: a read cache",
+        "attach_reads": 'from so many reads on, with "second"',
+        "attach_ghosts": "blocks whose reads are remembered for that",
+        "attach_namespaces": "only of these, by the beginning of their digests; empty: of all",
+        "attach_min_bytes": "only blocks of this size at least",
+        "attach_max_bytes": "and of this size at most; 0: no bound",
+        "attach_bytes_per_second": "budget of writes for it; 0: none",
+        "attach_bytes_per_day": "the same by the day, for a disk that wears out; 0: none",
+        "attach_chunk": "only blocks that are asked for, or all that lie with them below",
+        "attach_staging_bytes": "memory for blocks that wait to be written here",
+        "read_ahead_blocks": "so many that follow in the chain are fetched in the background",
     },
     "nvme": {
         "path": "folder of this tier, for one process; on a local NVMe disk",
@@ -51,6 +68,7 @@ WORDS: dict[str, dict[str, str]] = {
         "throttle_seconds": "longest wait of a throttled save",
         "breaker_failures": "errors in a row that take a tier out of service",
         "breaker_retry_seconds": "after so long it is tried again",
+        "staging_bytes": "memory for copies between tiers; as much again for loads with a deadline of a tier",
         "close_seconds": "longest wait for the disk when the store closes",
         "events": "how many past events are remembered",
         "salt": "a tenant's secret: without it nobody can find the tenant's blocks",
@@ -62,6 +80,20 @@ WORDS: dict[str, dict[str, str]] = {
     "metrics": {
         "host": "address to listen on",
         "port": "port for Prometheus and `kvstrata stats`; 0: none",
+    },
+    "serve": {
+        "socket": "where `kvstrata serve` listens; only that command looks at it",
+        "connect": "socket of a `kvstrata serve`: its tiers are used, and those of this file are not",
+        "max_clients": "processes that may be connected at a time",
+        "client_bytes": "what the loads and saves of one of them may move at a time",
+        "client_transfers": "how many loads and saves of one of them may run at a time",
+        "client_regions": "how many ranges of memory one of them may register",
+        "other_users": "serve processes of other users too",
+        "huge_pages": "turn the memory that clients register into huge pages",
+        "arena_bytes": "memory for blocks that do not lie in registered memory",
+        "call_seconds": "a server that takes longer to answer counts as lost",
+        "open_seconds": "the same for its first answer, for which it may open its tiers",
+        "reconnect_seconds": "longest pause between attempts to reach a server again",
     },
     "vllm": {
         "host_memory_bytes": "host memory that vLLM itself takes for offloading",
@@ -79,6 +111,7 @@ MEMORY_EXAMPLE = "# For a tier in DRAM above it, take the first # away from thes
 SECTIONS = {
     "store": "# How blocks move, and what bounds them on their way.",
     "metrics": "# Where a running process shows its counters.",
+    "serve": "# One store for several processes of this machine: see `kvstrata serve`.",
     "vllm": "# What `kvstrata vllm-config` writes for vLLM, and what only an operator knows of the model.",
 }
 
@@ -107,8 +140,10 @@ def _tier_text(tier: TierConfig) -> str:
 def _lines(section: Any, name: str) -> list[str]:
     hints = get_type_hints(type(section))
     pairs = []
-    for key in (field.name for field in dataclasses.fields(section)):
-        words = WORDS[name][key]
+    common = {field.name for field in dataclasses.fields(MediumFields)} - set(WORDS[name])
+    keys = [field.name for field in dataclasses.fields(section)]
+    for key in sorted(keys, key=common.__contains__):
+        words = WORDS["tier" if key in common else name][key]
         if get_origin(hints[key]) is Literal:
             choices = list(map(_text, get_args(hints[key])))
             words += f" ({', '.join(choices[:-1])} or {choices[-1]})"
@@ -118,7 +153,7 @@ def _lines(section: Any, name: str) -> list[str]:
 
 
 def _value(key: str, value: Any) -> str:
-    if key.endswith("_bytes"):
+    if is_size(key):
         exact = [(value // size, unit) for unit, size in _SIZES.items() if value and value % size == 0]
         if exact:
             return _text("{}{}".format(*min(exact)))

@@ -15,7 +15,15 @@ import typer
 from kvstrata.cli.output import JSON_OPTION, ProgressBar, one_line, print_json, print_line, print_table
 from kvstrata.cli.reading import TRACE_HELP, Reading, reads_traces
 from kvstrata.cli.sim_options import tell_skipped
-from kvstrata.config import Config, MemoryTierConfig, WriteMode, format_size, load_config, parse_size
+from kvstrata.config import (
+    Config,
+    MemoryTierConfig,
+    PoolTierConfig,
+    WriteMode,
+    format_size,
+    load_config,
+    parse_size,
+)
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -168,15 +176,23 @@ def wanted_tiers(texts: Sequence[str], config: Config | None, source: str) -> Wa
     if config is not None:
         if not config.tiers:
             raise ConfigError(f"{source}: no [[tier]] in this configuration")
-        for live in config.tiers:
-            specs[live.type] = dataclasses.replace(
-                TIER_DEFAULTS[live.type],
-                policy=live.policy,
-                params=dict(live.policy_options),
-                capacity=f"{live.capacity_bytes}B",
-            )
+        for number, live in enumerate(config.tiers):
+            if live.type in specs:
+                raise ConfigError(
+                    f"{source}: two tiers of type {live.type}: the simulator takes one of a kind"
+                )
+            specs[live.type] = TIER_DEFAULTS[live.type]
+            if not isinstance(live, PoolTierConfig):  # which decides itself what leaves
+                specs[live.type] = dataclasses.replace(
+                    TIER_DEFAULTS[live.type],
+                    policy=live.policy,
+                    params=dict(live.policy_options),
+                    capacity=f"{live.capacity_bytes}B",
+                )
             if isinstance(live, MemoryTierConfig):
-                first = {"promote": "on" if live.promote else "off", "write_mode": live.write_mode}
+                first["promote"] = "on" if live.promote else "off"
+            elif number == 1:
+                first["write_mode"] = live.write_mode
     elif not texts:
         texts = DEFAULT_TIERS
     seen: set[str] = set()

@@ -23,13 +23,25 @@ QUEUES = (
     ("queued_stores", ""),
     ("held_blocks", "queue_blocks"),
     ("held_bytes", "queue_bytes"),
+    ("moving_blocks", ""),
+    ("staged_bytes", "staging_bytes"),
+    ("attach_staged_bytes", "attach_staging_bytes"),
 )
 """Gauge, and the configured bound that it is held against. Queued stores are saves, bounded by
-held_blocks, and write-backs, bounded by as much again."""
+held_blocks, and copies between tiers, moving_blocks: each lower tier's write-back is bounded by as much
+again, demotion by the spare slots above, attaching by its arena."""
 
-TIER_GAUGES = ("readable", "writable", "blocks", "used_bytes", "capacity_bytes", "pinned_blocks")
+TIER_GAUGES = ("shared", "readable", "writable", "blocks", "used_bytes", "capacity_bytes", "pinned_blocks")
 
-SHOWN_ELSEWHERE = ("lookups_total", "lookup_blocks_total", "blocks_total", "misses_total")
+SHOWN_ELSEWHERE = (
+    "lookups_total",
+    "lookup_blocks_total",
+    "blocks_total",
+    "misses_total",
+    "served_bytes_total",
+    "attach_blocks_total",
+    "attach_bytes_total",
+)
 
 
 def stats(
@@ -73,6 +85,7 @@ def _collect(url: str, page: Page) -> dict[str, Any]:
     hits = int(page.value("lookup_blocks_total", {"result": "hit"}) or 0)
     misses = int(page.value("lookup_blocks_total", {"result": "miss"}) or 0)
     tiers = [labels.get("tier", "") for labels, _ in page.rows("tier_readable")]
+    served = _served(page, tiers, hits + misses)
     return {
         "url": url,
         "lookups": {
@@ -86,6 +99,8 @@ def _collect(url: str, page: Page) -> dict[str, Any]:
             | {name: int(page.value(f"tier_{name}", {"tier": tier}) or 0) for name in TIER_GAUGES}
             for tier in tiers
         ],
+        "traffic": served,
+        "attach": [attach for tier in tiers if (attach := _attach(page, tier))],
         "blocks": _counted(page, "blocks_total"),
         "misses": _counted(page, "misses_total"),
         "queues": [
@@ -115,6 +130,47 @@ def _collect(url: str, page: Page) -> dict[str, Any]:
     }
 
 
+def _served(page: Page, tiers: list[str], asked: int) -> list[dict[str, Any]]:
+    """What loads got from each tier, and what they did not have to get from it because of those above."""
+    above = 0
+    rows: list[dict[str, Any]] = []
+    for tier in tiers:
+        labels = {"op": "load", "tier": tier, "outcome": "loaded"}
+        blocks = int(page.value("blocks_total", labels) or 0)
+        size = int(page.value("served_bytes_total", {"tier": tier}) or 0)
+        rows.append(
+            {
+                "tier": tier,
+                "served_blocks": blocks,
+                "served_bytes": size,
+                "hit_ratio": blocks / asked if asked else None,
+                "kept_off_bytes": above,
+            }
+        )
+        above += size
+    return rows
+
+
+def _attach(page: Page, tier: str) -> dict[str, Any] | None:
+    """What the read cache did with blocks that were read from below; None for a tier that is none."""
+    blocks, sizes = (
+        {labels["result"]: int(count) for labels, count in page.rows(name) if labels.get("tier") == tier}
+        for name in ("attach_blocks_total", "attach_bytes_total")
+    )
+    offered = blocks.pop("offered", 0)
+    if not offered:
+        return None
+    attached = blocks.pop("attached", 0)
+    return {
+        "tier": tier,
+        "offered_blocks": offered,
+        "attached_blocks": attached,
+        "attached_bytes": sizes.get("attached", 0),
+        "attach_ratio": attached / offered,
+        "refused_blocks": blocks,
+    }
+
+
 def _counted(page: Page, name: str) -> list[dict[str, Any]]:
     known = dict.fromkeys(CATALOGUE[name][0], "")
     return [known | labels | {"count": int(value)} for labels, value in page.rows(name) if value]
@@ -135,7 +191,7 @@ def _show(found: dict[str, Any]) -> None:
     print_line(one_line(found["url"]))
     print_line(
         f"{lookups['requests']} look-ups, {lookups['hit_blocks']} blocks hit, "
-        f"{lookups['missed_blocks']} missed, block hit ratio {'-' if ratio is None else f'{ratio:.3f}'}"
+        f"{lookups['missed_blocks']} missed, block hit ratio {_ratio(ratio)}"
     )
     print_line()
     print_table(
@@ -154,6 +210,37 @@ def _show(found: dict[str, Any]) -> None:
             for tier in found["tiers"]
         ],
     )
+    print_table(
+        "traffic",
+        ["tier", "blocks served>", "bytes>", "hit ratio>", "kept off it>"],
+        [
+            (
+                row["tier"],
+                row["served_blocks"],
+                format_size(row["served_bytes"]),
+                _ratio(row["hit_ratio"]),
+                format_size(row["kept_off_bytes"]),
+            )
+            for row in found["traffic"]
+        ],
+    )
+    if found["attach"]:
+        print_table(
+            "read cache",
+            ["tier", "offered>", "attached>", "bytes>", "attach ratio>", "refused"],
+            [
+                (
+                    row["tier"],
+                    row["offered_blocks"],
+                    row["attached_blocks"],
+                    format_size(row["attached_bytes"]),
+                    _ratio(row["attach_ratio"]),
+                    ", ".join(f"{reason} {count}" for reason, count in row["refused_blocks"].items())
+                    or "-",
+                )
+                for row in found["attach"]
+            ],
+        )
     print_table(
         "blocks",
         ["op", "tier", "outcome", "count>"],
@@ -190,6 +277,10 @@ def _show(found: dict[str, Any]) -> None:
             for row in found["counters"]
         ],
     )
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _or_dash(value: int | None) -> object:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.engine import Engine, OnDone, Rows
-from kvstrata.transfer.handle import Cancellable, Positions
+from kvstrata.transfer.handle import Abandonable, Cancellable, Positions
 
 
 class Growth:
@@ -74,6 +74,12 @@ class Batches:
 
     def cancel(self) -> Positions:
         return np.concatenate([batch.cancel() for batch in self._batches])
+
+    def abandon(self, positions: Positions) -> Positions:
+        """Of those that can; see `Abandonable`."""
+        none = np.zeros(0, dtype=np.int64)
+        parts = [batch.abandon(positions) for batch in self._batches if isinstance(batch, Abandonable)]
+        return np.concatenate([none, *parts])
 
     def help(self) -> None:
         for batch in self._batches:

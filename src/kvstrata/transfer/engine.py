@@ -100,6 +100,13 @@ class Batch:
         """Positions whose buffers nobody touched and nobody will: on_done is not called for them."""
         return self.engine.cancel(self)
 
+    def abandon(self, positions: Positions) -> Positions:
+        """Which of these still run in the medium, and will never be copied to their COPY_TO any more.
+
+        on_done hears of them all the same, when the medium answers.
+        """
+        return self.engine.abandon(self, positions)
+
     def help(self) -> None:
         self.engine.reap()
 
@@ -217,6 +224,7 @@ class Engine:
         k.announce(self._shared)
         k.await_news(self._shared, 0, np.zeros(2, dtype=np.int64))
         k.cancel(self._shared, none, np.zeros(0, dtype=np.bool_))
+        k.abandon(self._shared, none, np.zeros(0, dtype=np.bool_))
         k.shut(self._shared, False)
         self._control[k.CLOSING] = 0
 
@@ -289,6 +297,18 @@ class Engine:
             self._tell()  # what is done already may have waited for these
             back: Positions = positions[taken]
             return back
+
+    def abandon(self, batch: Batch, positions: Positions) -> Positions:
+        with self._book:
+            if batch.group < 0 or not batch.left:
+                return np.zeros(0, dtype=np.int64)
+            # A row that is done may belong to another batch by now.
+            mine = self._operations[batch.rows, k.GROUP] == batch.group
+            mine &= np.isin(batch.positions, positions)
+            taken = np.zeros(int(mine.sum()), dtype=np.bool_)
+            k.abandon(self._shared, batch.rows[mine], taken)
+            called_off: Positions = batch.positions[mine][taken]
+            return called_off
 
     # What is done
 

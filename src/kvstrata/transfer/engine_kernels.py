@@ -56,7 +56,8 @@ READ, WRITE, FLUSH, FETCH, KEEP = range(5)
 BOUNCE, KNOWN, VERIFY, SYNC, DIRECT = 1, 2, 4, 8, 16
 """Through an aligned buffer; CHECKSUM is given; verify a FETCH; sync after the write; whole pages."""
 
-FREE, QUEUED, RUNNING, DONE = range(4)
+FREE, QUEUED, RUNNING, DONE, JUDGED = range(5)
+"""JUDGED: read, and being verified and copied; from here on nobody can call it off."""
 NEVER_NS = 1 << 62
 """A moment that does not come."""
 LATE = 100
@@ -453,6 +454,10 @@ def take_in(desk: Words, moved: int, writing: bool) -> Any:
 def _judge(s: Shared, desk_number: int) -> Any:
     """Verify what a unit has read, and copy where it is to go."""
     desk = s.desks[desk_number]
+    lock(s)
+    for place in range(desk[DESK_COUNT]):
+        s.operations[s.units[desk_number, place], STATE] = JUDGED
+    unlock(s)
     for place in range(desk[DESK_COUNT]):
         op = s.operations[s.units[desk_number, place]]
         length = op[LENGTH]
@@ -726,6 +731,17 @@ def cancel(s: Shared, rows: Words, taken: Words) -> Any:
         _close_gaps(s, STORE_HEAD, STORE_TAIL, s.stores)
     unlock(s)
     return found
+
+
+@holding_gil
+def abandon(s: Shared, rows: Words, taken: Words) -> Any:
+    """What was not copied to COPY_TO yet never will be; taken[i]: so it is with rows[i], still running."""
+    lock(s)
+    for place, row in enumerate(rows):
+        taken[place] = s.operations[row, STATE] == RUNNING
+        if taken[place]:
+            s.operations[row, COPY_TO] = 0
+    unlock(s)
 
 
 @part

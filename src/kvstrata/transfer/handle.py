@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,14 @@ class Cancellable(Protocol):
         """Wait for what an engine is at, to a moment of time.monotonic at most."""
 
 
+@runtime_checkable
+class Abandonable(Protocol):
+    """A batch whose rows may read into a place of their own, and are copied to the caller from there."""
+
+    def abandon(self, positions: Positions) -> Positions:
+        """Which of these have begun, and will not be copied to the caller any more."""
+
+
 class Transfer:
     """blocks: how many outcomes there will be. deadline_seconds: from now, measured on time.monotonic.
 
@@ -68,6 +76,8 @@ class Transfer:
         self._on_done = on_done
         self._announced = False
         self._cut_off = False
+        self._alarms: list[tuple[float, Callable[[], None]]] = []
+        self._rang = False
         self._batches: list[tuple[Cancellable, Callable[[Positions], None]]] = []
 
     @property
@@ -96,6 +106,13 @@ class Transfer:
             cut_off = self._cut_off
         if cut_off:
             self._take_back()
+
+    def after(self, seconds: float, alarm: Callable[[], None]) -> None:
+        """Call this so long from now, if not all is known by then: by whoever polls or waits."""
+        moment = time.monotonic() + seconds
+        if moment < self._deadline:
+            with self._changed:
+                self._alarms.append((moment, alarm))
 
     def claim(self, positions: Positions) -> Mask:
         """From here on the deadline leaves these blocks alone: somebody is about to finish them.
@@ -126,6 +143,7 @@ class Transfer:
         self._held -= blocks
         if not self._open and not self._held:
             self._batches.clear()  # they hold the caller's buffers
+            self._alarms.clear()
         self._changed.notify_all()
 
     def settle(self, positions: Sequence[int] | Positions, outcome: Outcome) -> None:
@@ -158,6 +176,8 @@ class Transfer:
         if self._open:
             for batch, _ in list(self._batches):
                 batch.help()
+        if self._alarms and self._open:
+            self._ring()
         late: Positions = np.zeros(0, dtype=np.int64)
         with self._changed:
             if self._open and time.monotonic() >= self._deadline:
@@ -173,6 +193,15 @@ class Transfer:
             self._announce()
         return done
 
+    def _ring(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            due = [alarm for moment, alarm in self._alarms if moment <= now]
+            self._alarms = [one for one in self._alarms if one[0] > now]
+            self._rang |= len(due) > 0
+        for alarm in due:
+            alarm()
+
     def _take_back(self) -> None:
         for batch, on_cancel in list(self._batches):
             positions = batch.cancel()
@@ -183,12 +212,20 @@ class Transfer:
     def wait(self, seconds: float | None = None) -> bool:
         """Block until done, the deadline, or `seconds`; returns whether done."""
         until = self._deadline if seconds is None else min(self._deadline, time.monotonic() + seconds)
-        for batch, _ in list(self._batches):
+        while self._alarms and self._open and time.monotonic() < until:
+            alarms = [moment for moment, _ in list(self._alarms)]
+            self._wait(min([until, *alarms]))
+            self.poll()
+        self._wait(until)
+        return self.poll()
+
+    def _wait(self, until: float) -> None:
+        # When an alarm has rung, a batch may hang whose blocks come from elsewhere by now.
+        for batch, _ in list(self._batches) if not self._rang else ():
             batch.wait(until)
         with self._changed:
             while self._open and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-        return self.poll()
 
     def wait_released(self, seconds: float) -> bool:
         """Block until no thread touches the buffers; False if that took longer than `seconds`."""

@@ -25,12 +25,13 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from kvstrata.config import Config, NvmeTierConfig, load_config, parse_config
+from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig, TierConfig, load_config, parse_config
 from kvstrata.connectors.vllm.identity import engine_namespace
 from kvstrata.connectors.vllm.quarantine import Quarantine
 from kvstrata.errors import ConfigError
 from kvstrata.hashing import wrap_keys
 from kvstrata.metrics import MetricsServer
+from kvstrata.serving import open_store
 from kvstrata.store import BlockStore
 from kvstrata.transfer.buffers import Buffers, Region
 from kvstrata.transfer.handle import Transfer
@@ -96,7 +97,8 @@ class KVStrataTier(SecondaryTierManager):
         self._namespace = namespace.digest
         self._jobs: dict[int, _Job] = {}
         self._quarantine = Quarantine(offloading_spec)
-        self.store = BlockStore(config, BlockLayout(row_bytes, tokens), namespace)
+        layout = BlockLayout(row_bytes, tokens)
+        self.store = open_store(config, layout, namespace, memory=[primary_kv_view])
         self._metrics: MetricsServer | None = None
         try:
             if config.metrics.port:
@@ -135,6 +137,8 @@ class KVStrataTier(SecondaryTierManager):
         asked = key in chain.asked
         chain.asked.add(key)
         match = self.store.lookup(self._wrap([key], chain), again=asked)
+        if match.states[0] is Lookup.ASKING:
+            return LookupResult.RETRY
         return LookupResult.HIT if match.blocks else LookupResult.MISS
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
@@ -196,10 +200,12 @@ class KVStrataTier(SecondaryTierManager):
                 self._quarantine.hold(late, job.transfer)
 
     def _is_over(self, job: _Job) -> bool:
-        """May vLLM hear of the end? A save may always: bytes that change under it fail their checksum."""
+        """May vLLM hear of the end? A save may, unless another process may still take its rows for good."""
         if not job.transfer.done:
             return False
-        return not job.is_load or job.transfer.released or self._quarantine.possible()
+        withheld = job.is_load and self._quarantine.possible()
+        harmless = not job.is_load and isinstance(self.store, BlockStore)
+        return harmless or withheld or job.transfer.released
 
     def drain_jobs(self) -> None:
         for job in self._jobs.values():
@@ -223,8 +229,14 @@ def _for_replica(config: Config, parallel: Any) -> Config:
     count, index = parallel.data_parallel_size, parallel.data_parallel_index
     if count <= 1:
         return config
-    tiers = []
+    if config.serve.connect:  # the server's tiers are one for all of them
+        port = config.metrics.port and config.metrics.port + index
+        return replace(config, metrics=replace(config.metrics, port=port))
+    tiers: list[TierConfig] = []
     for tier in config.tiers:
+        if not isinstance(tier, MemoryTierConfig | NvmeTierConfig):
+            tiers.append(tier)  # one for all of them
+            continue
         share = replace(tier, capacity_bytes=tier.capacity_bytes // count)
         if isinstance(share, NvmeTierConfig):
             share = replace(share, path=str(Path(share.path) / f"replica-{index}"))
