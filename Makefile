@@ -1,4 +1,4 @@
-# kvstrata: make demo | make test | make check | make study | make clean
+# kvstrata: make demo | make demo-shared | make test | make check | make study | make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +7,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help demo test check bench study setup clean
+.PHONY: help demo demo-shared test check bench study setup clean
 
 help:
 	@echo "make demo    set everything up; a real vLLM on the CPU gets its prefixes back from kvstrata"
+	@echo "make demo-shared   two engines, two disks and one shared folder between them"
 	@echo "make test    set everything up; run all tests"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure what the README claims"
@@ -19,6 +20,9 @@ help:
 
 demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
+
+demo-shared: $(VENV)/ready
+	@$(BIN)/python examples/demo_shared.py
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

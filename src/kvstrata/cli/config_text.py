@@ -25,7 +25,7 @@ WORDS: dict[str, dict[str, str]] = {
         "pin": "register it with the CUDA driver, if there is one",
     },
     "tier": {
-        "write_mode": "it gets saves: later, before they are done, when the tier above drops a block, never",
+        "write_mode": "it gets saves: later, before they are done, when the tier above drops one, never",
         "deadline_seconds": "a load asks the tiers below after so long; 0: the store's time for all of it",
         "breaker_failures": "errors in a row that take it out of service; 0: as the store says",
         "breaker_retry_seconds": "after so long it is tried again; 0: as the store says",
