@@ -47,6 +47,7 @@ Verify = Literal["always", "never"]
 Touch = Literal["background", "now", "no"]
 Pin = Literal["auto", "no"]
 Prepare = Literal["ahead", "all", "no"]
+MoverName = Literal["engine", "nixl"]
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 SIZE_LIMIT = 2**63
@@ -177,6 +178,7 @@ class SharedFsTierConfig(MediumFields):
     open_files: int = 256
     open_threads: int = 4
     direct_io: bool = True
+    mover: MoverName = "engine"
     burst_bytes: int = 256 * MIB
     live_share: float = 0.85
     collect: bool = True

@@ -18,6 +18,7 @@ from kvstrata.config import (
     MetricsConfig,
     NvmeTierConfig,
     ServeConfig,
+    SharedFsTierConfig,
     StoreConfig,
     VllmConfig,
     load_config,
@@ -46,14 +47,15 @@ def test_default_file_is_the_default_configuration(run: Run, tmp_path: Path) -> 
 
 def test_every_key_is_written_active_and_with_a_comment(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "all.toml"
-    assert run("init", path, "--memory-capacity", "1GiB").exit_code == 0
+    assert run("init", path, "--memory-capacity", "1GiB", "--shared-path", "there").exit_code == 0
     parts = re.split(r"^(\[.*\])$", path.read_text(), flags=re.MULTILINE)
-    heads = ["[[tier]]", "[[tier]]", "[store]", "[metrics]", "[serve]", "[vllm]"]
+    heads = ["[[tier]]", "[[tier]]", "[[tier]]", "[store]", "[metrics]", "[serve]", "[vllm]"]
     assert parts[1::2] == heads
     bodies = parts[2::2]
     sections = (
         MemoryTierConfig,
         NvmeTierConfig,
+        SharedFsTierConfig,
         StoreConfig,
         MetricsConfig,
         ServeConfig,
@@ -63,7 +65,13 @@ def test_every_key_is_written_active_and_with_a_comment(run: Run, tmp_path: Path
         keys = re.findall(r"^(\w+) = \S.*  # \S", body, flags=re.MULTILINE)
         assert keys == names(section)
     # No section of the configuration is left out, should one be added.
-    assert {field.name for field in dataclasses.fields(Config)} == {"store", "tiers", "metrics", "vllm"}
+    assert {field.name for field in dataclasses.fields(Config)} == {
+        "store",
+        "tiers",
+        "metrics",
+        "serve",
+        "vllm",
+    }
 
 
 def test_memory_example_is_a_comment_that_works(run: Run, tmp_path: Path) -> None:

@@ -54,6 +54,30 @@ WORDS: dict[str, dict[str, str]] = {
         "prepare": "write new segments through once in the background: the next one, or all",
         "prepare_segments": 'how many to keep ready with "ahead"',
     },
+    "shared_fs": {
+        "path": "folder on a file system that all members mount",
+        "capacity_bytes": "bound of the folder, for all members together; the first one settles it",
+        "policy": "who leaves when it is full",
+        "policy_options": "parameters of the policy that differ from their defaults",
+        "ttl_seconds": "blocks older than this are misses; 0: no limit",
+        "extent_bytes": "blocks are packed into files of this size",
+        "publish_seconds": "others see a block after so long, also if its file is not full",
+        "refresh_seconds": "how often this member looks what others published",
+        "lease_seconds": "a member that shows no sign of life for so long counts as dead",
+        "access_seconds": "how often this member writes down which blocks it used",
+        "access_bytes": "size of each of the two files that it writes that to",
+        "open_files": "files that stay open though nobody reads them now",
+        "open_threads": "threads that open and close files",
+        "direct_io": "read and write past the page cache (O_DIRECT) where the file system can",
+        "mover": "what moves the bytes: our I/O engine, or NIXL",
+        "burst_bytes": "room that this member keeps ready for a sudden save",
+        "live_share": "share of the capacity for live blocks; the rest is room for rewriting",
+        "collect": "may this member become the collector",
+        "rewrite_bytes_per_second": "how much a collector rewrites at most to get dead bytes out of files",
+        "stripe_count": "Lustre: targets per file; -1 for all, 0 leaves the folder's layout alone",
+        "stripe_bytes": "Lustre: bytes on one target before the next",
+        "dom_bytes": "Lustre: so much of each small file lies on the metadata server; 0: none",
+    },
     "store": {
         "io_deadline_seconds": "a load or save that takes longer counts as failed",
         "io_engine": "io_uring where it can be had, or threads that wait",
@@ -68,7 +92,7 @@ WORDS: dict[str, dict[str, str]] = {
         "throttle_seconds": "longest wait of a throttled save",
         "breaker_failures": "errors in a row that take a tier out of service",
         "breaker_retry_seconds": "after so long it is tried again",
-        "staging_bytes": "memory for copies between tiers; as much again for loads with a deadline of a tier",
+        "staging_bytes": "memory for copies between tiers; as much again for loads with own deadlines",
         "close_seconds": "longest wait for the disk when the store closes",
         "events": "how many past events are remembered",
         "salt": "a tenant's secret: without it nobody can find the tenant's blocks",
@@ -106,7 +130,7 @@ HEADER = """\
 # Configuration of kvstrata. Every key is here; a key that has its default value can be left out.
 # A size is a number of bytes, or text such as "64GiB" or "1.5TB".
 """
-TIERS = "# Where blocks lie, fastest first: memory (optional), then nvme."
+TIERS = "# Where blocks lie, fastest first: memory (optional), nvme, then what other machines share."
 MEMORY_EXAMPLE = "# For a tier in DRAM above it, take the first # away from these lines:"
 SECTIONS = {
     "store": "# How blocks move, and what bounds them on their way.",

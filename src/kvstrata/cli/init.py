@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -11,7 +12,14 @@ import typer
 from kvstrata.cli.config_text import config_text
 from kvstrata.cli.output import print_line
 from kvstrata.cli.sizes import read_size
-from kvstrata.config import Config, MemoryTierConfig, NvmeTierConfig, TierConfig, parse_config
+from kvstrata.config import (
+    Config,
+    MemoryTierConfig,
+    NvmeTierConfig,
+    SharedFsTierConfig,
+    TierConfig,
+    parse_config,
+)
 from kvstrata.errors import ConfigError
 
 NVME_PATH = "~/.cache/kvstrata"
@@ -24,6 +32,10 @@ def init(
     memory_capacity: str = typer.Option(
         "", metavar="SIZE", help="Add a memory tier of this size above the nvme tier."
     ),
+    shared_path: str = typer.Option(
+        "", metavar="DIR", help="Add a shared_fs tier below: a folder that other machines mount too."
+    ),
+    shared_capacity: str = typer.Option("", metavar="SIZE", help="Bound of that folder, for all together."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file if it is there."),
 ) -> None:
     """Write a commented configuration file.
@@ -35,19 +47,29 @@ def init(
       kvstrata init
       kvstrata init /etc/kvstrata.toml --nvme-path /mnt/nvme/kv --nvme-capacity 500GiB
       kvstrata init --memory-capacity 32GiB --force
+      kvstrata init --nvme-path /mnt/nvme/kv --shared-path /mnt/lustre/kv --shared-capacity 20TiB
     """
     tiers: list[TierConfig] = []
     if memory_capacity:
         tiers.append(MemoryTierConfig(capacity_bytes=read_size("--memory-capacity", memory_capacity)))
+    nvme = NvmeTierConfig(nvme_path, attach="always" if shared_path else "no")
     if nvme_capacity:
-        tiers.append(NvmeTierConfig(nvme_path, read_size("--nvme-capacity", nvme_capacity)))
-    else:
-        tiers.append(NvmeTierConfig(nvme_path))
+        nvme = replace(nvme, capacity_bytes=read_size("--nvme-capacity", nvme_capacity))
+    tiers.append(nvme)
+    if shared_capacity and not shared_path:
+        raise ConfigError("--shared-capacity: name the folder with --shared-path")
+    if shared_path:
+        shared = SharedFsTierConfig(shared_path)
+        if shared_capacity:
+            shared = replace(shared, capacity_bytes=read_size("--shared-capacity", shared_capacity))
+        tiers.append(shared)
     text = config_text(Config(tiers=tuple(tiers)))
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        raise ConfigError("--nvme-path: a path in TOML must be valid UTF-8; choose another") from None
+        raise ConfigError(
+            "a path in TOML must be valid UTF-8; choose another --nvme-path or --shared-path"
+        ) from None
     # Whatever the options said, the file that is written is one that can be loaded.
     parse_config(tomllib.loads(text), source="kvstrata init")
     try:

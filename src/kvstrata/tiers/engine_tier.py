@@ -20,6 +20,7 @@ from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
 from kvstrata.transfer.engine import Engine, EngineCounts, EngineSettings, Kind, OnDone, Rows
 from kvstrata.transfer.handle import Cancellable
+from kvstrata.transfer.mover import Mover
 from kvstrata.transfer.slot_header import WRONG_LENGTH
 
 
@@ -28,7 +29,7 @@ class EngineTier(Tier):
 
     def __init__(self, store: StoreConfig, telemetry: Telemetry) -> None:
         super().__init__(store, telemetry)
-        self._engine: Engine | None = None
+        self._engine: Mover | None = None
 
     # Moving blocks
 
@@ -96,7 +97,7 @@ class EngineTier(Tier):
         """Rows with everything that this tier alone knows."""
 
     @property
-    def _running(self) -> Engine:
+    def _running(self) -> Mover:
         if self._engine is None:
             raise StoreClosedError("this store was closed; open a new one")
         return self._engine
@@ -112,7 +113,7 @@ class EngineTier(Tier):
 
     # The engine
 
-    def _start_engine(self, engine: Engine) -> None:
+    def _start_engine(self, engine: Mover) -> None:
         self._engine = engine
         self.reads.watch_engine(partial(engine.oldest_seconds, loads=True), engine.forgive)
         self.writes.watch_engine(partial(engine.oldest_seconds, loads=False), engine.forgive)
@@ -151,6 +152,12 @@ class LocalTier(EngineTier):
     def __init__(self, store: StoreConfig, telemetry: Telemetry) -> None:
         super().__init__(store, telemetry)
         self._table: BlockTable | None = None
+
+    @property
+    def _running(self) -> Engine:
+        engine = super()._running
+        assert isinstance(engine, Engine), "what one process owns is moved by the engine"
+        return engine
 
     @property
     def table(self) -> BlockTable:

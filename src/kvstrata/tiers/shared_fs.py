@@ -35,8 +35,10 @@ from kvstrata.tiers.shared.waiting import HeldBatch, Hold, Together, Waiting, se
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import PAGE, Arena, Buffers, round_up
 from kvstrata.transfer.engine import Engine, OnDone, Rows
-from kvstrata.transfer.file_io import FileIO
+from kvstrata.transfer.file_io import FileIO, is_plain
 from kvstrata.transfer.handle import Cancellable
+from kvstrata.transfer.mover import Mover
+from kvstrata.transfer.nixl_mover import NixlMover, NixlSettings
 from kvstrata.types import BlockLayout, Namespace
 
 
@@ -77,17 +79,27 @@ class SharedFsTier(SharedTier, EngineTier):
     def _start_moving(self) -> None:
         store = self._store
         self._openers = Openers(f"kvstrata-{self.name}", self._fs_config.open_threads)
-        self._start_engine(
-            Engine(
-                f"kvstrata-{self.name}",
-                # Network file systems block in their own code: threads serve them as well as io_uring.
-                self._engine_settings("threads", store.io_threads, store.io_store_threads),
+        name = f"kvstrata-{self.name}"
+        # Network file systems block in their own code: threads serve them as well as io_uring.
+        settings = self._engine_settings("threads", store.io_threads, store.io_store_threads)
+        mover: Mover
+        if self._fs_config.mover == "nixl" and is_plain(self._io):
+            mover = NixlMover(
+                name,
+                NixlSettings(capacity=settings.capacity),
+                payload_bytes=self._payload_bytes,
+                space=self._namespace.digest,
+            )
+        else:
+            mover = Engine(
+                name,
+                settings,
                 stride=self._stride,
                 payload_bytes=self._payload_bytes,
                 space=self._namespace.digest,
                 file_io=self._io,
             )
-        )
+        self._start_engine(mover)
 
     def _stop_moving(self) -> None:
         for fd in self._files.take_all():

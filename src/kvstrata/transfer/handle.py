@@ -42,7 +42,7 @@ class Cancellable(Protocol):
 
 
 @runtime_checkable
-class Abandonable(Protocol):
+class Abandonable(Cancellable, Protocol):
     """A batch whose rows may read into a place of their own, and are copied to the caller from there."""
 
     def abandon(self, positions: Positions) -> Positions:

@@ -10,8 +10,9 @@ import numpy as np
 from kvstrata.tiers.shared.descriptors import Descriptors
 from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.transfer import engine_kernels as k
-from kvstrata.transfer.engine import Batch, Engine, OnDone, Rows
-from kvstrata.transfer.handle import Positions
+from kvstrata.transfer.engine import OnDone, Rows
+from kvstrata.transfer.handle import Abandonable, Positions
+from kvstrata.transfer.mover import Mover
 
 
 class Hold:
@@ -43,7 +44,7 @@ class Hold:
 class HeldBatch:
     """A batch of an engine whose files are held."""
 
-    def __init__(self, batch: Batch, hold: Hold) -> None:
+    def __init__(self, batch: Abandonable, hold: Hold) -> None:
         self._batch = batch
         self._hold = hold
 
@@ -74,7 +75,7 @@ class Waiting:
         open_file: Callable[[], tuple[int, bool]],
         extent: ExtentId,
         rows: Rows,
-        engine: Engine,
+        engine: Mover,
         files: Descriptors,
         *,
         loads: bool,
