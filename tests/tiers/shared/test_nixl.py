@@ -14,7 +14,9 @@ from kvstrata.types import BlockKey, BlockLayout, Namespace, Outcome
 from store_kit import chain, content, eventually, store_config
 
 SIZE = 65_536
-needs_nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl-cu12 is not installed")
+needs_nixl = pytest.mark.skipif(
+    importlib.util.find_spec("nixl") is None, reason="nixl-cu12 is not installed"
+)
 
 
 def open_store(folder: Path, mover: Literal["engine", "nixl"]) -> BlockStore:
@@ -30,12 +32,12 @@ def save(store: BlockStore, keys: list[BlockKey]) -> None:
         assert transfer.wait(10)
         return all(outcome in (Outcome.SAVED, Outcome.PRESENT) for outcome in transfer.outcomes)
 
-    eventually(saved, seconds=20)
+    eventually(saved, "there was no room", 20)
     assert store.flush(20)
 
 
 def check(store: BlockStore, keys: list[BlockKey]) -> None:
-    eventually(lambda: store.lookup(keys).blocks == len(keys), seconds=20)
+    eventually(lambda: store.lookup(keys).blocks == len(keys), "blocks did not show up", 20)
     targets = [bytearray(SIZE) for _ in keys]
     transfer = store.load(store.lookup(keys), targets)
     assert transfer.wait(10) and set(transfer.outcomes) == {Outcome.LOADED}
