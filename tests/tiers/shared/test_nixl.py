@@ -15,7 +15,7 @@ from store_kit import chain, content, eventually, store_config
 
 SIZE = 65_536
 needs_nixl = pytest.mark.skipif(
-    importlib.util.find_spec("nixl") is None, reason="nixl-cu12 is not installed"
+    importlib.util.find_spec("nixl_cu12") is None, reason="nixl-cu12 is not installed"
 )
 
 
