@@ -33,7 +33,7 @@ from kvstrata.config import GIB, MIB, Config, ObjectStoreTierConfig, StoreConfig
 from kvstrata.hashing import chain_keys
 from kvstrata.store import BlockStore
 from kvstrata.tiers.object_store import PUBLISHERS, ObjectStoreTier
-from kvstrata.tiers.shared.format import extent_bytes, slot_stride, slots_within
+from kvstrata.tiers.shared.extent_file import extent_bytes, slot_stride, slots_within
 from kvstrata.tiers.shared.object_client import open_client
 from kvstrata.transfer.buffers import Arena, Region
 from kvstrata.types import BlockKey, BlockLayout, Namespace, Outcome

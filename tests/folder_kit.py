@@ -13,25 +13,18 @@ import xxhash
 
 from kvstrata.telemetry import Telemetry
 from kvstrata.tiers.nvme_format import SlotHeader
+from kvstrata.tiers.shared.batches import Added
 from kvstrata.tiers.shared.catalog import Catalog, Extent
-from kvstrata.tiers.shared.collector import Collector, CycleReport
-from kvstrata.tiers.shared.format import (
-    ENTRY_DTYPE,
-    MEMBERS,
-    Added,
-    Beat,
-    ExtentId,
-    FolderSettings,
-    Footer,
-    extent_bytes,
-    parse_member,
-    parse_member_file,
-)
+from kvstrata.tiers.shared.collector import Collector
+from kvstrata.tiers.shared.extent_file import ENTRY_DTYPE, Footer, extent_bytes
+from kvstrata.tiers.shared.format import MEMBERS, ExtentId, parse_member, parse_member_file
 from kvstrata.tiers.shared.grants import Allowance, Standing, read_grants
 from kvstrata.tiers.shared.journal import JournalReader, JournalWriter
+from kvstrata.tiers.shared.means import CycleReport
 from kvstrata.tiers.shared.medium import Medium, PosixMedium
 from kvstrata.tiers.shared.member import Member
 from kvstrata.tiers.shared.recency import AccessLog
+from kvstrata.tiers.shared.small_files import Beat, FolderSettings
 
 PAGE = 4096
 LENGTH = 3000

@@ -322,6 +322,7 @@ class VllmConfig:
     host_memory_bytes: int = 4 * GIB
     blocks_per_chunk: int = 8
     model_revision: str = ""
+    huge_pages: bool = True
 
 
 @dataclass(frozen=True, slots=True)

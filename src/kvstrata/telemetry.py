@@ -59,6 +59,7 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], str]] = {
     "object_gap_bytes_total": (("tier",), "Bytes fetched that lay between the blocks asked for"),
     "upload_retries_total": (("tier",), "Uploads of extents that were tried again"),
     "throttle_waits_total": ((), "Saves that waited for room in the queue"),
+    "huge_page_bytes_total": ((), "Bytes of the engine's host memory turned into huge pages"),
     "quarantined_rows_total": ((), "Engine rows withheld while a late read may still write to them"),
     "capture_requests_total": (("result",), "Requests of the capture, by what became of them"),
     "capture_bytes_total": ((), "Bytes of capture files written"),

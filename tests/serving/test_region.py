@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstrata.serving.region import HUGE_PAGE, Mapping, NamedRegion, SharedArena, find_backing, locate
+from kvstrata.serving.region import NamedRegion, SharedArena, locate
 from kvstrata.transfer.buffers import PAGE, Buffers
+from kvstrata.transfer.shared_memory import Mapping, find_backing
 from store_kit import descriptors
 
 
@@ -98,31 +98,3 @@ def test_buffers_are_located_in_the_region_that_holds_them_whole() -> None:
     numbers, offsets = locate(regions, Buffers(addresses, np.full(7, 10), None))
     assert numbers.tolist() == [1, 1, -1, -1, 2, -1, -1]
     assert offsets[[0, 1, 4]].tolist() == [0, 90, 50]
-
-
-def huge_bytes() -> int:
-    """Of shared memory that this process maps by huge pages."""
-    lines = Path("/proc/self/smaps").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("ShmemPmdMapped"))
-
-
-@pytest.mark.parametrize("offset", [0, PAGE])
-def test_memory_that_is_there_becomes_huge_pages_with_its_bytes_in_place(offset: int) -> None:
-    size = 4 * HUGE_PAGE
-    fd = os.memfd_create("region")
-    os.ftruncate(fd, size)
-    assert Mapping(fd, offset, size - offset).use_huge_pages(lambda: True) == 0, "it would take memory"
-    data = np.random.default_rng(1).bytes(size)
-    os.pwrite(fd, data, 0)
-    mapping = Mapping(fd, offset, size - offset)
-    assert mapping.use_huge_pages(lambda: False) == 0
-    before = huge_bytes()
-    settled = mapping.use_huge_pages(lambda: True)
-    if not settled:
-        pytest.skip("this system does not make huge pages of shared memory")
-    assert settled == size - (HUGE_PAGE if offset else 0)
-    assert huge_bytes() - before == settled
-    assert ctypes.string_at(mapping.address, size - offset) == data[offset:]
-    ctypes.memmove(mapping.address, b"new", 3)
-    assert os.pread(fd, 3, offset) == b"new"
-    os.close(fd)

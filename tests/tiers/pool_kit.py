@@ -75,11 +75,11 @@ def name_of(key: bytes) -> str:
 
 
 def found(store: BlockStore, keys: list[BlockKey]) -> PrefixMatch:
-    """A look-up, asked again until nothing is pending."""
+    """A look-up, asked again until the pool has answered and nothing is being saved."""
     until = time.monotonic() + WAIT_SECONDS
     while True:
         match = store.lookup(keys)
-        if not any(state.value == "pending" for state in match.states):
+        if not any(state.value in ("pending", "asking") for state in match.states):
             return match
         assert time.monotonic() < until, "the pool does not say whether the blocks are there"
         time.sleep(0.005)

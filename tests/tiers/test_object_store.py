@@ -32,7 +32,7 @@ from store_kit import NAMESPACE, WAIT_SECONDS, chain, content, eventually, finis
 pytest.importorskip("obstore", reason="obstore is not installed; run: pip install 'kvstrata[object-store]'")
 
 from kvstrata.tiers.object_store import ObjectStoreTier
-from kvstrata.tiers.shared.format import slot_stride
+from kvstrata.tiers.shared.extent_file import slot_stride
 from kvstrata.tiers.shared.object_client import open_client
 from kvstrata.transfer.buffers import PAGE
 

@@ -133,7 +133,7 @@ with Pool(None, Member).store() as store:
         command_in(lent.member.namespace, [sys.executable, "-c", program]),
         capture_output=True, text=True, timeout=WAIT_SECONDS, check=False,
     )  # fmt: skip
-    assert answer.stdout.splitlines() == ["{'pending'} 8", "{'loaded'}", "{'saved'}"], answer.stderr
+    assert answer.stdout.splitlines() == ["{'asking'} 8", "{'loaded'}", "{'saved'}"], answer.stderr
     with lent.store() as store:
         assert load(store, chain(77, 3)) == [LOADED] * 3
 

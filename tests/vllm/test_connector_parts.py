@@ -43,7 +43,8 @@ from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from kvstrata.connectors.vllm.cpu_spec import MemcpyWorker
 from kvstrata.connectors.vllm.identity import engine_namespace
 from kvstrata.connectors.vllm.quarantine import Quarantine
-from kvstrata.connectors.vllm.tier import _for_replica
+from kvstrata.connectors.vllm.tier import KVStrataTier, _for_replica
+from store_kit import eventually
 
 pytestmark = pytest.mark.vllm
 
@@ -259,3 +260,40 @@ def test_quarantined_rows_are_not_handed_out_until_their_read_has_ended() -> Non
         assert set(primary.prepare_write(more, context).store_spec.block_ids.tolist()) == late
     finally:
         primary.shutdown()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_rows_of_an_embedded_tier_become_huge_pages_unless_that_is_switched_off(
+    tmp_path: Path, wanted: bool
+) -> None:
+    row, rows = 1 << 20, 8
+    region = SharedOffloadRegion(
+        engine_id=f"kvstrata-test-{uuid.uuid4().hex}", num_chunks=rows, rank=None,
+        kv_bytes_per_chunk=row, cpu_page_size=row,
+    )  # fmt: skip
+    primary = CPUPrimaryTierOffloadingManager(num_chunks=rows, mmap_region=region)
+    view = primary.get_kv_memoryview()
+    bytes_of_rows = np.asarray(view)
+    bytes_of_rows[:] = np.random.default_rng(5).integers(-128, 127, bytes_of_rows.shape, dtype=np.int8)
+    before = bytes_of_rows.tobytes()
+    del bytes_of_rows
+    settings = {
+        "vllm": {"model_revision": "r1", "huge_pages": wanted},
+        "tier": [{"type": "nvme", "path": str(tmp_path / "nvme"), "capacity_bytes": "64MiB"}],
+    }
+    spec = SimpleNamespace(config=OFFLOADING, get_manager=lambda: SimpleNamespace(primary_tier=primary))
+    tier = KVStrataTier(spec, view, "KVStrataTier", settings=settings)
+    store = tier.store
+    try:
+        if wanted:
+            eventually(
+                lambda: any("huge pages" in event.kind for event in store.telemetry.events()),
+                "nothing was tried",
+            )
+        if "no huge pages" in [event.kind for event in store.telemetry.events()]:
+            pytest.skip("this system makes no huge pages of shared memory")
+        assert store.telemetry.value("huge_page_bytes_total") == rows * row * wanted
+        assert np.asarray(view).tobytes() == before
+    finally:
+        tier.shutdown()
+        primary.shutdown()  # BufferError while somebody still held its view

@@ -123,6 +123,7 @@ WORDS: dict[str, dict[str, str]] = {
         "host_memory_bytes": "host memory that vLLM itself takes for offloading",
         "blocks_per_chunk": "vLLM blocks that are stored as one block of kvstrata",
         "model_revision": "a word that changes with the weights; empty: look at the weights",
+        "huge_pages": "turn that host memory into huge pages, in the background",
     },
 }
 

@@ -18,6 +18,7 @@ from kvstrata.cli.output import (
     print_line,
     print_table,
 )
+from kvstrata.cli.tier_table import print_tiers
 from kvstrata.config import Config, ServeConfig, TierConfig, format_size, load_config
 from kvstrata.errors import ConfigError
 
@@ -122,22 +123,7 @@ def _show(state: dict[str, Any]) -> None:
         f"{f'blocks of {format_size(size)}' if size else 'no client yet'}"
     )
     print_line()
-    print_table(
-        "tiers",
-        ["tier", "readable", "writable", "blocks>", "used>", "capacity>", "pinned>"],
-        [
-            (
-                tier["name"],
-                "yes" if tier["readable"] else "NO",
-                "yes" if tier["writable"] else "NO",
-                tier["blocks"],
-                format_size(tier["used_bytes"]),
-                format_size(tier["capacity_bytes"]),
-                tier["pinned_blocks"],
-            )
-            for tier in state["tiers"]
-        ],
-    )
+    print_tiers(state["tiers"], name="name")
     print_table(
         "clients",
         [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvstrata.cli.output import JSON_OPTION, one_line, print_json, print_line, print_table
+from kvstrata.cli.tier_table import print_tiers
 from kvstrata.config import format_size, load_config
 from kvstrata.errors import ConfigError
 from kvstrata.telemetry import CATALOGUE
@@ -194,22 +195,7 @@ def _show(found: dict[str, Any]) -> None:
         f"{lookups['missed_blocks']} missed, block hit ratio {_ratio(ratio)}"
     )
     print_line()
-    print_table(
-        "tiers",
-        ["tier", "readable", "writable", "blocks>", "used>", "capacity>", "pinned>"],
-        [
-            (
-                tier["tier"],
-                "yes" if tier["readable"] else "NO",
-                "yes" if tier["writable"] else "NO",
-                tier["blocks"],
-                format_size(tier["used_bytes"]),
-                format_size(tier["capacity_bytes"]),
-                tier["pinned_blocks"],
-            )
-            for tier in found["tiers"]
-        ],
-    )
+    print_tiers(found["tiers"], name="tier")
     print_table(
         "traffic",
         ["tier", "blocks served>", "bytes>", "hit ratio>", "kept off it>"],

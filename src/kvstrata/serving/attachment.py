@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from kvstrata.serving.connection import AwayError, Connection
 from kvstrata.serving.protocol import FRAME_BLOCKS, NO_REGION, Kind, pack_region, unpack_count
-from kvstrata.serving.region import NamedRegion, SharedArena, find_backing, locate
+from kvstrata.serving.region import NamedRegion, SharedArena, locate
 from kvstrata.transfer.buffers import Buffers
 from kvstrata.transfer.handle import Positions
+from kvstrata.transfer.shared_memory import find_backing
 from kvstrata.types import Outcome
 
 ARENA_REGION = 0

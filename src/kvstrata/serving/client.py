@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-import os
-import sys
-import threading
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvstrata.config import Config
-from kvstrata.errors import ConfigError, LayoutMismatchError, StoreClosedError
+from kvstrata.errors import ConfigError, LayoutMismatchError
 from kvstrata.serving.attachment import Attachment
-from kvstrata.serving.connection import AwayError, Connection, RefusedError
+from kvstrata.serving.connection import RefusedError
 from kvstrata.serving.protocol import (
     AGAIN,
     AHEAD_BLOCKS,
@@ -42,20 +36,17 @@ from kvstrata.serving.protocol import (
     unpack_states,
 )
 from kvstrata.serving.remote_transfer import RemoteTransfer
+from kvstrata.serving.server_link import ServerLink
 from kvstrata.store import Blocks, Buffer, TierStatus
 from kvstrata.telemetry import Telemetry
 from kvstrata.tiers.base import OpenReport
-from kvstrata.transfer.buffers import PAGE, Buffers
+from kvstrata.transfer.buffers import Buffers
 from kvstrata.transfer.handle import Positions, Transfer
 from kvstrata.transfer.plan import Direction
 from kvstrata.types import BlockKey, BlockLayout, Lookup, Namespace, Outcome, PrefixMatch
 
-log = logging.getLogger(__name__)
-
 TIER = "served"
 """Stands for all tiers of the server in this process's counters."""
-FIRST_PAUSE_SECONDS = 0.05
-"""Before the second attempt to come back; doubled up to serve.reconnect_seconds."""
 
 
 class RemoteStore:
@@ -79,141 +70,24 @@ class RemoteStore:
         self.layout = layout
         self.namespace = namespace
         self.telemetry = telemetry or Telemetry(config.store.events)
-        self.path = str(Path(config.serve.connect).expanduser().absolute())
         self._requests = itertools.count(1)
-        self._closed = False
-        self._lock = threading.Lock()
-        self._comes_back: threading.Thread | None = None
-        self._wake = threading.Event()
-        self._attached: Attachment | None = None
-        self._pid = os.getpid()
-        self._memory: list[tuple[Any, int, int]] = []
-        self._running: set[RemoteTransfer] = set()
+        self._link = ServerLink(config, layout, namespace, self.telemetry)
         for buffer in memory:
-            self._remember(buffer)
+            self._link.remember(buffer)
         try:
-            self._attached = self._attach()
+            self._link.connect()
         except RefusedError as error:
             raise ConfigError(f"serve.connect {self.path}: {error}") from None
-        except AwayError as error:
-            log.warning("kvstrata: no server at %s yet (%s): every look-up is a miss", self.path, error)
-            self.telemetry.event("server away", f"{self.path}: {error}")
-            self._come_back()
 
-    # Being connected
-
-    def _hello(self) -> dict[str, Any]:
-        return {
-            "role": "engine",
-            "namespace": self.namespace.digest.hex(),
-            "fields": dict(self.namespace.fields),
-            "block_bytes": self.layout.block_bytes,
-            "block_tokens": self.layout.block_tokens,
-            "command": " ".join(sys.argv)[:200],
-        }
-
-    def _attach(self) -> Attachment:
-        serve = self.config.serve
-        try:
-            connection = Connection(self.path, self._hello(), serve.call_seconds, serve.open_seconds)
-        except AwayError:
-            self.telemetry.count("serve_connects_total", "away")
-            raise
-        except RefusedError:
-            self.telemetry.count("serve_connects_total", "refused")
-            raise
-        attached = Attachment(connection, self.layout.block_bytes, serve.arena_bytes)
-        with self._lock:
-            memory = list(self._memory)
-        for _, address, size in memory:
-            attached.register(address, size)
-        self.telemetry.count("serve_connects_total", "good")
-        return attached
-
-    def _live(self) -> Attachment | None:
-        """The connection, if there is one that works."""
-        if self._closed:
-            raise StoreClosedError("this store was closed; open a new one")
-        attached = self._attached
-        if attached is not None and not attached.connection.lost:
-            return attached
-        self._come_back()
-        return None
-
-    def _come_back(self) -> None:
-        """See to it that a thread is at it; also in a forked child, which has no threads."""
-        if self._pid != os.getpid():
-            self._pid, self._lock, self._comes_back = os.getpid(), threading.Lock(), None
-            self._wake, self._running = threading.Event(), set()
-        with self._lock:
-            if self._closed or self._comes_back is not None or self.connected:
-                return
-            lost, self._attached = self._attached, None
-            self._comes_back = threading.Thread(
-                target=self._try_again, args=(lost,), name="kvstrata-connect", daemon=True
-            )
-            self._comes_back.start()
-
-    def _try_again(self, lost: Attachment | None) -> None:
-        """Wait until the old server has let go of this process's memory, then knock until one opens."""
-        if lost is not None:
-            connection = lost.connection
-            self.telemetry.count("serve_lost_total", connection.lost)
-            self.telemetry.event("server lost", f"{self.path}: {connection.lost}")
-            log.warning("kvstrata: lost the server at %s (%s)", self.path, connection.lost)
-            while not connection.gone(FIRST_PAUSE_SECONDS) and not self._closed:
-                continue
-            with self._lock:
-                running = list(self._running)
-            for transfer in running:
-                transfer.poll()
-            if connection.gone():
-                connection.bury()
-        pause = FIRST_PAUSE_SECONDS
-        found: Attachment | None = None
-        said = ""
-        while not self._closed:
-            try:
-                found = self._attach()
-                break
-            except (AwayError, RefusedError) as error:
-                if str(error) != said:
-                    said = str(error)
-                    self.telemetry.event("server away", f"{self.path}: {said}")
-            except (OSError, ProtocolError) as error:
-                self.telemetry.event("server away", f"{self.path}: {error}")
-            self._wake.wait(pause)
-            pause = min(2 * pause, self.config.serve.reconnect_seconds)
-        with self._lock:
-            self._attached = found
-            self._comes_back = None
-            closed = self._closed
-        if found is not None and closed:
-            found.connection.lose("closed")
-            found.connection.bury()
-        elif found is not None:
-            log.info("kvstrata: the server at %s is back", self.path)
-            self.telemetry.event("server back", self.path)
-
-    def _call(
-        self,
-        attached: Attachment,
-        kind: Kind,
-        payload: bytes = b"",
-        *,
-        flags: int = 0,
-        seconds: float = 0.0,
-    ) -> bytes | None:
-        answer = attached.connection.call(kind, payload, flags=flags, seconds=seconds)
-        if answer is None:
-            self._come_back()
-        return answer
+    @property
+    def path(self) -> str:
+        """Of the socket."""
+        return self._link.path
 
     @property
     def connected(self) -> bool:
         """Is there a server that answers, as far as this process knows?"""
-        attached = self._attached
-        return attached is not None and not attached.connection.lost
+        return self._link.connected
 
     def register(self, buffer: Any) -> bool:
         """Let the server read and write this memory in place, now and after every reconnection.
@@ -221,32 +95,20 @@ class RemoteStore:
         False for what is not one shared, writable mapping of a file: its blocks go through the arena. The
         buffer is borrowed until close().
         """
-        address, size = self._remember(buffer)
-        attached = self._live()
-        return attached is not None and attached.register(address, size)
-
-    def _remember(self, buffer: Any) -> tuple[int, int]:
-        """The pages that it lies in: a server can only map whole ones."""
-        borrowed = Buffers.of([buffer], writable=True)
-        address, size = int(borrowed.addresses[0]), int(borrowed.lengths[0])
-        first = address // PAGE * PAGE
-        size = -(-(address + size) // PAGE) * PAGE - first
-        with self._lock:
-            self._memory.append((borrowed, first, size))
-        return first, size
+        return self._link.register(buffer)
 
     # Looking
 
     def lookup(self, keys: Sequence[BlockKey], *, again: bool = False) -> PrefixMatch:
         """As `BlockStore.lookup`; a server that does not answer has nothing."""
         states: list[Lookup] = []
-        attached = self._live()
+        attached = self._link.live()
         for start in range(0, len(keys), FRAME_BLOCKS):
             part = keys[start : start + FRAME_BLOCKS]
             answer: bytes | None = None
             if attached is not None:
                 flags = AGAIN if again else 0
-                answer = self._call(attached, Kind.LOOKUP, pack_keys(part), flags=flags)
+                answer = self._link.call(attached, Kind.LOOKUP, pack_keys(part), flags=flags)
             if answer is None or attached is None:
                 states += [Lookup.MISS] * len(part)
                 continue
@@ -267,7 +129,7 @@ class RemoteStore:
 
     def load(self, match: PrefixMatch, targets: Sequence[Buffer] | Buffers) -> Transfer:
         """As `BlockStore.load`. Without a server every outcome is UNAVAILABLE."""
-        attached = self._live()
+        attached = self._link.live()
         if len(targets) > len(match.keys):
             raise LayoutMismatchError(f"{len(targets)} targets for {len(match.keys)} keys")
         keys = match.keys[: len(targets)]
@@ -280,7 +142,7 @@ class RemoteStore:
 
         Sources that lie in no registered memory are copied before this returns.
         """
-        attached = self._live()
+        attached = self._link.live()
         if len(sources) != len(keys):
             raise LayoutMismatchError(f"{len(sources)} sources for {len(keys)} keys")
         most = self.config.store.batch_blocks if attached is None else attached.batch_blocks
@@ -346,8 +208,7 @@ class RemoteStore:
 
         def released() -> None:
             placing.give_back()
-            with self._lock:
-                self._running.discard(transfer)
+            self._link.release(transfer)
 
         move = Move(
             request,
@@ -357,8 +218,7 @@ class RemoteStore:
             placing.regions[going],
             ahead,
         )
-        with self._lock:
-            self._running.add(transfer)
+        self._link.begin(transfer)
         kind = Kind.LOAD if loads else Kind.SAVE
         transfer.begin(attached.connection, kind, pack_move(move), going, settled, released)
         return transfer
@@ -376,7 +236,7 @@ class RemoteStore:
 
     def touch(self, keys: Sequence[BlockKey], *, request: int | None = None) -> None:
         """As `BlockStore.touch`."""
-        attached = self._live()
+        attached = self._link.live()
         if attached is not None:
             for start in range(0, len(keys), FRAME_BLOCKS):
                 part = keys[start : start + FRAME_BLOCKS]
@@ -386,18 +246,18 @@ class RemoteStore:
         self, request: int, *, input_tokens: int | None = None, output_tokens: int | None = None
     ) -> None:
         """As `BlockStore.end_request`."""
-        attached = None if self._closed else self._live()
+        attached = None if self._link.closed else self._link.live()
         if attached is not None:
             attached.connection.tell(Kind.END, pack_end(request, input_tokens, output_tokens))
 
     def discard(self, keys: Sequence[BlockKey]) -> int:
         """As `BlockStore.discard`; 0 without a server."""
-        attached = self._live()
+        attached = self._link.live()
         total = 0
         for start in range(0, len(keys) if attached else 0, FRAME_BLOCKS):
             assert attached is not None
             part = keys[start : start + FRAME_BLOCKS]
-            answer = self._call(attached, Kind.DISCARD, pack_keys(part))
+            answer = self._link.call(attached, Kind.DISCARD, pack_keys(part))
             total += 0 if answer is None else unpack_count(answer)
         return total
 
@@ -405,17 +265,17 @@ class RemoteStore:
 
     def flush(self, seconds: float | None = None) -> bool:
         """As `BlockStore.flush`, of everything that the server holds; False without a server."""
-        attached = self._live()
+        attached = self._link.live()
         if attached is None:
             return False
         limit = self.config.store.close_seconds if seconds is None else seconds
-        answer = self._call(attached, Kind.FLUSH, pack_seconds(limit), seconds=limit)
+        answer = self._link.call(attached, Kind.FLUSH, pack_seconds(limit), seconds=limit)
         return answer is not None and unpack_count(answer) == 1
 
     def status(self) -> list[TierStatus]:
         """The server's tiers, fastest first; none without a server."""
-        attached = None if self._closed else self._live()
-        answer = None if attached is None else self._call(attached, Kind.STATUS)
+        attached = None if self._link.closed else self._link.live()
+        answer = None if attached is None else self._link.call(attached, Kind.STATUS)
         if answer is None:
             return []
         with contextlib.suppress(ProtocolError, KeyError, TypeError):
@@ -425,8 +285,7 @@ class RemoteStore:
     @property
     def queued(self) -> dict[str, int]:
         """As `BlockStore.queued`, of what this process has with the server: nothing waits here itself."""
-        with self._lock:
-            running = list(self._running)
+        running = self._link.running
         loads = sum(transfer.unfinished for transfer in running if transfer.direction is Direction.LOAD)
         stores = sum(transfer.unfinished for transfer in running if transfer.direction is Direction.STORE)
         return {"queued_loads": loads, "queued_stores": stores, "held_blocks": 0, "held_bytes": 0}
@@ -443,24 +302,7 @@ class RemoteStore:
 
     def close(self) -> None:
         """Wait for what was begun, at most store.close_seconds, and let go. May be called again."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            running = list(self._running)
-        self._wake.set()
-        until = time.monotonic() + self.config.store.close_seconds
-        for transfer in running:
-            transfer.wait(max(0.0, until - time.monotonic()))
-            transfer.wait_released(max(0.0, until - time.monotonic()))
-        attached = self._attached
-        if attached is not None:
-            attached.connection.lose("closed")
-            if attached.connection.gone(max(0.0, until - time.monotonic())):
-                attached.connection.bury()
-        with self._lock:
-            self._attached = None
-            self._memory.clear()
+        self._link.close(self.config.store.close_seconds)
 
     def __enter__(self) -> RemoteStore:
         return self

@@ -28,7 +28,7 @@ from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
 from kvstrata.transfer.engine import EngineCounts, OnDone, Rows
 from kvstrata.transfer.handle import Cancellable
-from kvstrata.transfer.slot_header import REASONS
+from kvstrata.transfer.slot_header import REASONS, WRONG_LENGTH
 from kvstrata.transfer.upkeep import Upkeep
 
 NEVER_NS = k.NEVER_NS
@@ -235,6 +235,21 @@ class Tier(ABC):
     @abstractmethod
     def used_bytes_on_medium(self) -> int:
         """Bytes that the tier really occupies, with everything that it writes."""
+
+
+def describe_rows(rows: Rows, placements: Placements, buffers: Buffers, deadline_ns: int) -> None:
+    """What every row of a load or save has: where its bytes are in memory, until when, and its position."""
+    rows[:, k.ADDRESS] = buffers.addresses
+    rows[:, k.LENGTH] = buffers.lengths
+    rows[:, k.DEADLINE_NS] = deadline_ns
+    rows[:, k.POSITION] = placements.positions
+
+
+def refuse_lengths(refused: Rows, on_done: OnDone) -> None:
+    """These rows' targets have another length than their blocks: nobody is asked to move them."""
+    if len(refused):
+        refused[:, k.RESULT] = WRONG_LENGTH
+        on_done(refused)
 
 
 @contextmanager

@@ -15,13 +15,12 @@ from kvstrata.config import StoreConfig
 from kvstrata.errors import StoreClosedError
 from kvstrata.table import BlockTable, Placements
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import Tier, Words
+from kvstrata.tiers.base import Tier, Words, describe_rows, refuse_lengths
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
 from kvstrata.transfer.engine import Engine, EngineCounts, EngineSettings, Kind, OnDone, Rows
 from kvstrata.transfer.handle import Cancellable
 from kvstrata.transfer.mover import Mover
-from kvstrata.transfer.slot_header import WRONG_LENGTH
 
 
 class EngineTier(Tier):
@@ -42,7 +41,7 @@ class EngineTier(Tier):
         copy_to: Words | None = None,
     ) -> Cancellable:
         rows = self._load_rows(placements, targets)
-        self._describe(rows, placements, targets, deadline_ns)
+        describe_rows(rows, placements, targets, deadline_ns)
         rows[:, k.CHECKSUM] = placements.checksums
         if copy_to is not None:
             rows[:, k.COPY_TO] = copy_to
@@ -52,9 +51,7 @@ class EngineTier(Tier):
             return self._submit_load(rows, placements, finish)
         right = np.flatnonzero(~wrong)
         batch = self._submit_load(rows[right], placements.take(right), finish)
-        refused = rows[wrong]
-        refused[:, k.RESULT] = WRONG_LENGTH
-        on_done(refused)
+        refuse_lengths(rows[wrong], on_done)
         return batch
 
     def start_save(
@@ -66,7 +63,7 @@ class EngineTier(Tier):
         checksums: Words | None = None,
     ) -> Cancellable:
         rows = self._save_rows(placements, sources)
-        self._describe(rows, placements, sources, deadline_ns)
+        describe_rows(rows, placements, sources, deadline_ns)
         if checksums is not None:
             rows[:, k.CHECKSUM] = checksums
             rows[:, k.FLAGS] |= k.KNOWN
@@ -81,12 +78,6 @@ class EngineTier(Tier):
     ) -> Cancellable:
         """refuse: for rows that no engine was asked to move."""
         return self._running.submit(rows, loads=False, on_done=finish)
-
-    def _describe(self, rows: Rows, placements: Placements, buffers: Buffers, deadline_ns: int) -> None:
-        rows[:, k.ADDRESS] = buffers.addresses
-        rows[:, k.LENGTH] = buffers.lengths
-        rows[:, k.DEADLINE_NS] = deadline_ns
-        rows[:, k.POSITION] = placements.positions
 
     @abstractmethod
     def _load_rows(self, placements: Placements, targets: Buffers) -> Rows:

@@ -55,14 +55,14 @@ from kvstrata.tiers.nvme_format import (
     segment_size,
     slot_stride,
 )
-from kvstrata.tiers.nvme_growth import Batches, Growth
+from kvstrata.tiers.nvme_growth import Growth
 from kvstrata.tiers.nvme_prepare import STOP_SECONDS, PrepareReport, SegmentPreparer
 from kvstrata.tiers.nvme_restore import PlacedSegment, Restoration
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import PAGE, Arena, Buffers, round_up
 from kvstrata.transfer.engine import Batch, Engine, Kind, OnDone, Rows
 from kvstrata.transfer.file_io import FileIO, is_plain, supports_direct
-from kvstrata.transfer.handle import Cancellable
+from kvstrata.transfer.handle import Batches, Cancellable
 from kvstrata.transfer.ring import ring_refused
 from kvstrata.types import BlockLayout, Namespace
 

@@ -1,15 +1,15 @@
-"""Saves that wait until their segment has a file, and batches that are one to whoever cancels them."""
+"""Saves that wait until their segment has a file."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.engine import Engine, OnDone, Rows
-from kvstrata.transfer.handle import Abandonable, Cancellable, Positions
+from kvstrata.transfer.handle import Cancellable, Positions
 
 
 class Growth:
@@ -64,27 +64,3 @@ class Growth:
         """Whoever needs the file waits for more than the engine: see `Transfer.wait`."""
         if self._batch is not None:
             self._batch.wait(until)
-
-
-class Batches:
-    """Several as one."""
-
-    def __init__(self, batches: Sequence[Cancellable]) -> None:
-        self._batches = batches
-
-    def cancel(self) -> Positions:
-        return np.concatenate([batch.cancel() for batch in self._batches])
-
-    def abandon(self, positions: Positions) -> Positions:
-        """Of those that can; see `Abandonable`."""
-        none = np.zeros(0, dtype=np.int64)
-        parts = [batch.abandon(positions) for batch in self._batches if isinstance(batch, Abandonable)]
-        return np.concatenate([none, *parts])
-
-    def help(self) -> None:
-        for batch in self._batches:
-            batch.help()
-
-    def wait(self, until: float) -> None:
-        for batch in self._batches:
-            batch.wait(until)

@@ -19,20 +19,20 @@ from kvstrata.config import ObjectStoreTierConfig, StoreConfig, format_size
 from kvstrata.errors import ConfigError, StoreClosedError
 from kvstrata.table import Placements, unix_ms
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import Words
+from kvstrata.tiers.base import Words, describe_rows, refuse_lengths
+from kvstrata.tiers.shared.extent_file import extent_bytes, slots_within
 from kvstrata.tiers.shared.extents import OpenExtent
-from kvstrata.tiers.shared.format import ExtentId, extent_bytes, slots_within
-from kvstrata.tiers.shared.index import Place
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.object_client import ObjectClient, open_client
 from kvstrata.tiers.shared.object_mover import ObjectMover, Staging
 from kvstrata.tiers.shared.objects import ObjectMedium
+from kvstrata.tiers.shared.places import Place
 from kvstrata.tiers.shared.tier import SharedTier
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import Buffers
 from kvstrata.transfer.engine import EngineCounts, OnDone, Rows
 from kvstrata.transfer.handle import Cancellable
 from kvstrata.transfer.job_pool import JobPoolSettings
-from kvstrata.transfer.slot_header import WRONG_LENGTH
 from kvstrata.types import BlockLayout, Namespace
 
 PUBLISHERS = 2
@@ -120,10 +120,7 @@ class ObjectStoreTier(SharedTier):
         finish = partial(self._loaded, sources, on_done, targets.owner)
         wrong = placements.lengths != targets.lengths
         batch = self._moving.load(rows[~wrong], sources, finish)
-        if wrong.any():
-            refused = rows[wrong]
-            refused[:, k.RESULT] = WRONG_LENGTH
-            on_done(refused)
+        refuse_lengths(rows[wrong], on_done)
         return batch
 
     def start_save(
@@ -159,10 +156,7 @@ class ObjectStoreTier(SharedTier):
             rows[:, k.KEY : k.KEY + 4] = placements.key_words()
         rows[:, k.NUMBER] = placements.slots
         rows[:, k.OFFSET] = placements.slots * self._stride
-        rows[:, k.ADDRESS] = buffers.addresses
-        rows[:, k.LENGTH] = buffers.lengths
-        rows[:, k.DEADLINE_NS] = deadline_ns
-        rows[:, k.POSITION] = placements.positions
+        describe_rows(rows, placements, buffers, deadline_ns)
         return rows, extents
 
     def _loaded(

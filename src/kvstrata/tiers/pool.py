@@ -24,7 +24,7 @@ from kvstrata.config import PoolTierConfig, StoreConfig, format_size
 from kvstrata.errors import ConfigError, StoreClosedError
 from kvstrata.table import Placements, unix_ms
 from kvstrata.telemetry import Telemetry
-from kvstrata.tiers.base import OpenReport, Tier, Words
+from kvstrata.tiers.base import OpenReport, Tier, Words, describe_rows, refuse_lengths
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.pool_books import PoolBooks
 from kvstrata.tiers.pool_client import PoolClient, require_package
@@ -40,7 +40,6 @@ from kvstrata.transfer.slot_header import (
     WRONG_CHECKSUM,
     WRONG_HEADER,
     WRONG_KEY,
-    WRONG_LENGTH,
     WRONG_PLACE,
 )
 from kvstrata.types import BlockKey, BlockLayout, Namespace
@@ -138,10 +137,7 @@ class PoolTier(Tier):
         right = rows[~wrong]
         finish = partial(self._loaded, on_done, targets.owner)
         batch = self._running.submit(right, self._load, finish, loads=True, units=self._units(right))
-        if wrong.any():
-            refused = rows[wrong]
-            refused[:, k.RESULT] = WRONG_LENGTH
-            on_done(refused)
+        refuse_lengths(rows[wrong], on_done)
         return batch
 
     def start_save(
@@ -163,10 +159,7 @@ class PoolTier(Tier):
 
     def _rows(self, placements: Placements, buffers: Buffers, deadline_ns: int) -> Rows:
         rows = np.zeros((len(placements), k.COLUMNS), dtype=np.int64)
-        rows[:, k.ADDRESS] = buffers.addresses
-        rows[:, k.LENGTH] = buffers.lengths
-        rows[:, k.DEADLINE_NS] = deadline_ns
-        rows[:, k.POSITION] = placements.positions
+        describe_rows(rows, placements, buffers, deadline_ns)
         rows[:, k.KEY : k.KEY + 4] = placements.key_words()
         return rows
 

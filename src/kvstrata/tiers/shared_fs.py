@@ -27,16 +27,16 @@ from kvstrata.tiers.shared import lustre
 from kvstrata.tiers.shared.descriptors import Descriptors
 from kvstrata.tiers.shared.extents import OpenExtent
 from kvstrata.tiers.shared.format import EXTENTS, WRITING, ExtentId
-from kvstrata.tiers.shared.index import Place
 from kvstrata.tiers.shared.medium import MISSING, PosixMedium, occupied_bytes
 from kvstrata.tiers.shared.openers import Openers
+from kvstrata.tiers.shared.places import Place
 from kvstrata.tiers.shared.tier import SharedTier
-from kvstrata.tiers.shared.waiting import HeldBatch, Hold, Together, Waiting, set_file
+from kvstrata.tiers.shared.waiting import HeldBatch, Hold, Waiting, set_file
 from kvstrata.transfer import engine_kernels as k
 from kvstrata.transfer.buffers import PAGE, Arena, Buffers, round_up
 from kvstrata.transfer.engine import Engine, OnDone, Rows
 from kvstrata.transfer.file_io import FileIO, is_plain
-from kvstrata.transfer.handle import Cancellable
+from kvstrata.transfer.handle import Batches, Cancellable
 from kvstrata.transfer.mover import Mover
 from kvstrata.transfer.nixl_mover import NixlMover, NixlSettings
 from kvstrata.types import BlockLayout, Namespace
@@ -191,7 +191,7 @@ class SharedFsTier(SharedTier, EngineTier):
             batch = self._running.submit(rows[there], loads=loads, on_done=hold.done)
             batches.append(HeldBatch(batch, hold))
         batches += [wait(extent, part) for extent, part in lacking]
-        return batches[0] if len(batches) == 1 else Together(batches)
+        return batches[0] if len(batches) == 1 else Batches(batches)
 
     def _waiting(
         self,

@@ -49,6 +49,30 @@ class Abandonable(Cancellable, Protocol):
         """Which of these have begun, and will not be copied to the caller any more."""
 
 
+class Batches:
+    """Several as one."""
+
+    def __init__(self, batches: Sequence[Cancellable]) -> None:
+        self._batches = batches
+
+    def cancel(self) -> Positions:
+        return np.concatenate([batch.cancel() for batch in self._batches])
+
+    def abandon(self, positions: Positions) -> Positions:
+        """Of those that can; see `Abandonable`."""
+        none = np.zeros(0, dtype=np.int64)
+        parts = [batch.abandon(positions) for batch in self._batches if isinstance(batch, Abandonable)]
+        return np.concatenate([none, *parts])
+
+    def help(self) -> None:
+        for batch in self._batches:
+            batch.help()
+
+    def wait(self, until: float) -> None:
+        for batch in self._batches:
+            batch.wait(until)
+
+
 class Transfer:
     """blocks: how many outcomes there will be. deadline_seconds: from now, measured on time.monotonic.
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from kvstrata.config import Config, SharedFsTierConfig, StoreConfig
 from kvstrata.store import BlockStore
@@ -46,23 +47,9 @@ def open_shared(
     """A store with that folder as its only tier; by default it has room when this returns."""
     quick = {"io_deadline_seconds": 2.0, "breaker_retry_seconds": 0.2, "close_seconds": 5.0}
     config = Config(store=StoreConfig(**(quick | dict(store or {}))), tiers=(fs_config(folder, **fields),))
-    made = []
-
-    if medium is None:
+    make = PosixMedium if medium is None else lambda root: medium
+    with patch("kvstrata.tiers.shared_fs.PosixMedium", make):
         opened = BlockStore(config, LAYOUT, NAMESPACE, file_io=file_io)
-    else:
-        real = SharedFsTier.__init__
-
-        def init(self: SharedFsTier, *args: Any, **kwargs: Any) -> None:
-            real(self, *args, **kwargs)
-            self._medium = medium
-            made.append(self)
-
-        SharedFsTier.__init__ = init  # type: ignore[method-assign]
-        try:
-            opened = BlockStore(config, LAYOUT, NAMESPACE, file_io=file_io)
-        finally:
-            SharedFsTier.__init__ = real  # type: ignore[method-assign]
     if room:
         wait_for_room(opened)
     return opened

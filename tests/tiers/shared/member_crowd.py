@@ -32,28 +32,26 @@ from member_process import (
 )
 
 from kvstrata.store import BlockStore
+from kvstrata.tiers.shared.batches import Batch, BatchKind, Tail, decode_batches
 from kvstrata.tiers.shared.format import (
     COLLECTOR,
     EXTENTS,
     MEMBERS,
     TEMPORARY,
     WRITING,
-    Batch,
-    BatchKind,
-    Beat,
     ExtentId,
-    Grants,
-    Tail,
-    decode_batches,
     parse_member,
     parse_numbered,
 )
+from kvstrata.tiers.shared.small_files import Beat, Grants
 from kvstrata.types import BlockKey, Lookup, Outcome
 from store_kit import content
 
 HERE = Path(__file__).parent
 NO_SERVER_FILES = ".glusterfs"
 WAIT_SECONDS = 120.0
+TAIL_BYTES = 32_768
+"""Of a report: it is read often while it grows."""
 DOWN_AT_ONCE = 3
 """So many members at most are killed or stopped at the same time."""
 
@@ -269,7 +267,8 @@ class Crowd:
         return self._progress(slot) >= len(own)
 
     def _progress(self, slot: Slot) -> int:
-        for line in reversed(report_lines(slot.reports[-1])) if slot.reports else ():
+        """How many of its own requests are done, in all its lives."""
+        for line in reversed(report_lines(slot.reports[-1], TAIL_BYTES)) if slot.reports else ():
             if "done" in line:
                 slot.done = max(slot.done, line["done"])
                 break

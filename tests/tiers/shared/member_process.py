@@ -33,7 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvstrata.config import Config, NvmeTierConfig, SharedFsTierConfig, StoreConfig
+from kvstrata.config import Config, SharedFsTierConfig, StoreConfig
 from kvstrata.hashing import chain_keys, namespace_digest
 from kvstrata.store import BlockStore
 from kvstrata.telemetry import Telemetry
@@ -75,7 +75,6 @@ class Order:
     done: int = 0
     tier: dict[str, Any] = field(default_factory=dict)
     store: dict[str, Any] = field(default_factory=dict)
-    nvme: str = ""
 
     @property
     def layout(self) -> BlockLayout:
@@ -103,10 +102,8 @@ def keys_of(request: int) -> list[BlockKey]:
 
 
 def config_of(order: Order) -> Config:
-    tiers: list[Any] = [SharedFsTierConfig(path=order.folder, **order.tier)]
-    if order.nvme:
-        tiers.insert(0, NvmeTierConfig(path=order.nvme, capacity_bytes=2**23))
-    return Config(store=StoreConfig(**order.store), tiers=tuple(tiers))
+    tier = SharedFsTierConfig(path=order.folder, **order.tier)
+    return Config(store=StoreConfig(**order.store), tiers=(tier,))
 
 
 class Report:
@@ -326,13 +323,15 @@ def order_line(order: Order) -> str:
     return json.dumps(asdict(order)) + "\n"
 
 
-def report_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines so far."""
+def report_lines(path: Path, last_bytes: int = 0) -> list[dict[str, Any]]:
+    """All whole lines so far, or those of the last bytes."""
     if not path.exists():
         return []
-    return [
-        json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
-    ]
+    with path.open("rb") as file:
+        skip = max(0, path.stat().st_size - last_bytes) if last_bytes else 0
+        file.seek(skip)
+        lines = file.read().splitlines(keepends=True)[bool(skip) :]
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 if __name__ == "__main__":

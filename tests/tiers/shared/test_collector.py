@@ -179,7 +179,7 @@ def test_a_collector_that_dies_is_followed_after_a_lease(world: World) -> None:
     # It waits out its quarantine before it hands out room.
     fill(world, second, 60, first=number)
     assert second.telemetry.value("shared_takeovers_total") == 1
-    assert not first.collector._lease.check()
+    assert not first.collector._means.lease.check()
 
 
 def test_a_clean_close_hands_over_at_once(world: World) -> None:

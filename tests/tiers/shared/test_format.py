@@ -9,35 +9,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.tiers.shared.format import (
-    ENTRY_DTYPE,
-    TRAILER_BYTES,
+from kvstrata.tiers.shared.batches import (
     Added,
     Batch,
     BatchKind,
-    Beat,
-    ExtentId,
-    FolderSettings,
-    Footer,
-    Grant,
-    Grants,
-    MemberFile,
     Tail,
     Touched,
-    access_name,
-    beat_name,
     decode_batches,
     encode_batch,
-    epoch_name,
-    extent_bytes,
     find_batch,
+)
+from kvstrata.tiers.shared.extent_file import (
+    ENTRY_DTYPE,
+    TRAILER_BYTES,
+    Footer,
+    extent_bytes,
+    slot_stride,
+    slots_within,
+)
+from kvstrata.tiers.shared.format import (
+    ExtentId,
+    MemberFile,
+    access_name,
+    beat_name,
+    epoch_name,
     journal_name,
     parse_member,
     parse_member_file,
     parse_numbered,
-    slot_stride,
-    slots_within,
 )
+from kvstrata.tiers.shared.small_files import Beat, FolderSettings, Grant, Grants
 from kvstrata.transfer.buffers import PAGE
 
 words = st.integers(0, 2**64 - 1)

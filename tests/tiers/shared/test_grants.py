@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from folder_kit import DictMedium
-from kvstrata.tiers.shared.format import Beat, Grant, Grants, epoch_name, grants_name
+from kvstrata.tiers.shared.format import epoch_name, grants_name
 from kvstrata.tiers.shared.grants import Allowance, GrantBook, Standing, fair_split, read_grants
+from kvstrata.tiers.shared.small_files import Beat, Grant, Grants
 
 CAPACITY, RESERVE, FLOOR = 1000, 100, 40
 

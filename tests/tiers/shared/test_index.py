@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvstrata.table import Placements
+from kvstrata.tiers.shared.batches import Added, Batch, BatchKind
 from kvstrata.tiers.shared.catalog import Catalog, Change, Extent
+from kvstrata.tiers.shared.extent_file import ENTRY_DTYPE, extent_bytes
 from kvstrata.tiers.shared.extents import ExtentWriter, OpenExtent
-from kvstrata.tiers.shared.format import ENTRY_DTYPE, Added, Batch, BatchKind, ExtentId, extent_bytes
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.index import SharedIndex
 from kvstrata.types import BlockKey, Lookup
 

@@ -11,19 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstrata.tiers.shared.batches import Added, Batch, BatchKind, decode_batches, encode_batch
 from kvstrata.tiers.shared.catalog import Catalog
-from kvstrata.tiers.shared.format import (
-    ENTRY_DTYPE,
-    MEMBERS,
-    Added,
-    Batch,
-    BatchKind,
-    ExtentId,
-    beat_name,
-    decode_batches,
-    encode_batch,
-    journal_name,
-)
+from kvstrata.tiers.shared.extent_file import ENTRY_DTYPE
+from kvstrata.tiers.shared.format import MEMBERS, ExtentId, beat_name, journal_name
 from kvstrata.tiers.shared.journal import Heard, JournalReader, JournalWriter
 from kvstrata.tiers.shared.medium import PosixMedium
 

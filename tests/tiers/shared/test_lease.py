@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from folder_kit import Clock, DictMedium, World
-from kvstrata.tiers.shared.format import Beat, FolderSettings, beat_name, epoch_name, grants_name
+from kvstrata.tiers.shared.format import beat_name, epoch_name, grants_name
 from kvstrata.tiers.shared.lease import EPOCHS_KEPT, Lease, boot_seconds
 from kvstrata.tiers.shared.medium import Medium
 from kvstrata.tiers.shared.member import Member
+from kvstrata.tiers.shared.small_files import Beat, FolderSettings
 
 LEASE = 10.0
 MEMBERS = 3

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from kvstrata.policies import POLICIES
 from kvstrata.table import BlockTable
+from kvstrata.tiers.shared.batches import Touched
 from kvstrata.tiers.shared.catalog import Extent
-from kvstrata.tiers.shared.format import ENTRY_DTYPE, ExtentId, Touched
+from kvstrata.tiers.shared.extent_file import ENTRY_DTYPE
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.key_table import FREE, KeyTable
 from kvstrata.tiers.shared.ledger import Ledger
 from kvstrata.types import BlockKey

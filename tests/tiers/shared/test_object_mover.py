@@ -23,7 +23,8 @@ pytest.importorskip("obstore", reason="obstore is not installed; run: pip instal
 from obstore.store import MemoryStore
 
 from kvstrata.tiers.object_store import ObjectStoreTier
-from kvstrata.tiers.shared.format import ExtentId, extent_bytes, slot_stride
+from kvstrata.tiers.shared.extent_file import extent_bytes, slot_stride
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.object_client import ObjectClient
 from kvstrata.tiers.shared.object_mover import Fetched, ObjectMover, Staging
 from kvstrata.transfer import engine_kernels as k

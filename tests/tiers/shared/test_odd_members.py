@@ -17,14 +17,8 @@ from fs_kit import HERE, TESTS, events
 
 from kvstrata.config import MIB
 from kvstrata.errors import FormatVersionError
-from kvstrata.tiers.shared.format import (
-    BATCH_MAGIC,
-    EXTENTS,
-    MEMBERS,
-    SETTINGS_FILE,
-    WRITING,
-    ExtentId,
-)
+from kvstrata.tiers.shared.batches import BATCH_MAGIC
+from kvstrata.tiers.shared.format import EXTENTS, MEMBERS, SETTINGS_FILE, WRITING, ExtentId
 from kvstrata.types import Outcome
 from store_kit import chain, check_quiet, load, overwrite
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstrata.tiers.shared.format import Touched, access_name, member_folder
+from kvstrata.tiers.shared.batches import Touched
+from kvstrata.tiers.shared.format import access_name, member_folder
 from kvstrata.tiers.shared.medium import PosixMedium
 from kvstrata.tiers.shared.order import Order, last_order, order_name
 from kvstrata.tiers.shared.recency import TRIES, AccessLog, AccessReader

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvstrata.tiers.shared.batches import Added, Batch, BatchKind
 from kvstrata.tiers.shared.catalog import Catalog
 from kvstrata.tiers.shared.descriptors import Descriptors
-from kvstrata.tiers.shared.format import ENTRY_DTYPE, Added, Batch, BatchKind, ExtentId
+from kvstrata.tiers.shared.extent_file import ENTRY_DTYPE
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.strikes import REMEMBERED, Strikes
 from kvstrata.types import BlockKey
 

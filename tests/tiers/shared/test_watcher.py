@@ -10,17 +10,10 @@ import numpy as np
 import pytest
 
 from kvstrata.telemetry import Telemetry
+from kvstrata.tiers.shared.batches import Added
 from kvstrata.tiers.shared.catalog import Catalog
-from kvstrata.tiers.shared.format import (
-    ENTRY_DTYPE,
-    MEMBERS,
-    Added,
-    ExtentId,
-    Footer,
-    beat_name,
-    journal_name,
-    member_folder,
-)
+from kvstrata.tiers.shared.extent_file import ENTRY_DTYPE, Footer
+from kvstrata.tiers.shared.format import MEMBERS, ExtentId, beat_name, journal_name, member_folder
 from kvstrata.tiers.shared.journal import JournalWriter
 from kvstrata.tiers.shared.medium import PosixMedium
 from kvstrata.tiers.shared.watcher import Round, Watcher, read_footer

@@ -35,6 +35,7 @@ from kvstrata.serving import open_store
 from kvstrata.store import BlockStore
 from kvstrata.transfer.buffers import Buffers, Region
 from kvstrata.transfer.handle import Transfer
+from kvstrata.transfer.huge_pages import HugePageCare, care_for
 from kvstrata.types import BlockKey, BlockLayout, Lookup, Outcome, PrefixMatch
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,9 @@ class KVStrataTier(SecondaryTierManager):
         except BaseException:
             self.store.close()
             raise
+        self._pages: HugePageCare | None = None
+        if config.vllm.huge_pages and isinstance(self.store, BlockStore):  # else the server does it
+            self._pages = care_for(primary_kv_view, self.store.telemetry, "huge_page_bytes_total")
         # An engine that is only dropped, not shut down, must not lose what it has saved.
         atexit.register(self.store.close)
         for tier in self.store.status():
@@ -214,6 +218,9 @@ class KVStrataTier(SecondaryTierManager):
         self._quarantine.wait()
 
     def shutdown(self) -> None:
+        if self._pages is not None:
+            self._pages.stop()  # not waited for: it has a mapping of its own
+            self._pages = None
         self.store.close()
         atexit.unregister(self.store.close)
         if self._metrics is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvstrata.tiers.shared.catalog import Catalog
+from kvstrata.tiers.shared.extent_file import Footer
 from kvstrata.tiers.shared.format import (
     COLLECTOR,
     EXTENTS,
@@ -13,7 +14,6 @@ from kvstrata.tiers.shared.format import (
     TEMPORARY,
     WRITING,
     ExtentId,
-    Footer,
     parse_member,
 )
 from kvstrata.tiers.shared.medium import Medium

@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from kvstrata.tiers.shared.format import Added, Batch, BatchKind, Entries, ExtentId
+from kvstrata.tiers.shared.batches import Added, Batch, BatchKind
+from kvstrata.tiers.shared.extent_file import Entries
+from kvstrata.tiers.shared.format import ExtentId
 
 TOMBSTONES = 65_536
 """So many extents that are gone are remembered, the oldest are forgotten first."""

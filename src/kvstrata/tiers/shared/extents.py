@@ -14,14 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.tiers.shared.format import (
-    ENTRY_DTYPE,
-    Entries,
-    ExtentId,
-    Footer,
-    extent_bytes,
-    slots_within,
-)
+from kvstrata.tiers.shared.extent_file import ENTRY_DTYPE, Entries, Footer, extent_bytes, slots_within
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.types import BlockKey
 
 

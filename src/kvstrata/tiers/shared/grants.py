@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvstrata.tiers.shared.format import COLLECTOR, Beat, Grant, Grants, grants_name, parse_numbered
+from kvstrata.tiers.shared.format import COLLECTOR, grants_name, parse_numbered
 from kvstrata.tiers.shared.medium import Medium
+from kvstrata.tiers.shared.small_files import Beat, Grant, Grants
 
 
 def fair_split(wanted: Mapping[int, int], room: int) -> dict[int, int]:

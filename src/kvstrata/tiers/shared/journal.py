@@ -7,17 +7,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvstrata.tiers.shared.format import (
+from kvstrata.tiers.shared.batches import (
     Added,
     Batch,
     BatchKind,
-    ExtentId,
     Tail,
     decode_batches,
     encode_batch,
     find_batch,
-    journal_name,
 )
+from kvstrata.tiers.shared.format import ExtentId, journal_name
 from kvstrata.tiers.shared.medium import Medium
 
 GONE_KEPT = 16_384

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from kvstrata.policies import Policy, make_policy
 from kvstrata.policies.lists import Ids
+from kvstrata.tiers.shared.batches import Touched
 from kvstrata.tiers.shared.catalog import Extent
-from kvstrata.tiers.shared.format import ExtentId, Touched
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.key_table import KeyTable, key_words
 from kvstrata.transfer.buffers import PAGE
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 
-from kvstrata.tiers.shared.format import Beat, FolderSettings, beat_name, member_word
+from kvstrata.tiers.shared.format import beat_name, member_word
 from kvstrata.tiers.shared.medium import Medium
+from kvstrata.tiers.shared.small_files import Beat, FolderSettings
 
 BEATS_PER_LEASE = 5
 

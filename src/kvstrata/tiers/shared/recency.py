@@ -13,18 +13,16 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.tiers.shared.format import (
+from kvstrata.tiers.shared.batches import (
     BATCH_BYTES,
-    MEMBERS,
     Batch,
     BatchKind,
     Tail,
     Touched,
-    access_name,
     decode_batches,
     encode_batch,
-    parse_member_file,
 )
+from kvstrata.tiers.shared.format import MEMBERS, access_name, parse_member_file
 from kvstrata.tiers.shared.medium import Medium
 
 TRIES = 5

@@ -10,8 +10,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvstrata.tiers.nvme_format import SlotHeader
+from kvstrata.tiers.shared.batches import Added
 from kvstrata.tiers.shared.catalog import Extent
-from kvstrata.tiers.shared.format import Added, Entries, ExtentId, Footer
+from kvstrata.tiers.shared.extent_file import Entries, Footer
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.medium import Medium
 from kvstrata.transfer.buffers import PAGE
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.tiers.shared.catalog import Extent
-from kvstrata.tiers.shared.format import footer_bytes, slots_within
+from kvstrata.tiers.shared.extent_file import footer_bytes, slots_within
 from kvstrata.tiers.shared.ledger import ExtentView
 
 LEAST_GAIN = 0.125

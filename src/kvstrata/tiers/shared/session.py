@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvstrata.tiers.shared.catalog import Catalog
-from kvstrata.tiers.shared.format import Beat, ExtentId, FolderSettings
+from kvstrata.tiers.shared.format import ExtentId
 from kvstrata.tiers.shared.grants import Allowance
 from kvstrata.tiers.shared.journal import COMPACT_BYTES, JournalWriter
 from kvstrata.tiers.shared.medium import Medium
 from kvstrata.tiers.shared.member import Member, uptime_seconds
 from kvstrata.tiers.shared.recency import AccessLog
+from kvstrata.tiers.shared.small_files import Beat, FolderSettings
 
 COMPACT_GROWTH = 3
 """A journal is compacted when it has grown by so much."""

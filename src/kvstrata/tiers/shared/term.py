@@ -9,20 +9,14 @@ from typing import Protocol
 
 from kvstrata.tiers.shared.audit import Auditor
 from kvstrata.tiers.shared.catalog import Catalog, Feed
-from kvstrata.tiers.shared.format import (
-    COLLECTOR,
-    ExtentId,
-    FolderSettings,
-    Grants,
-    grants_name,
-    parse_numbered,
-)
+from kvstrata.tiers.shared.format import COLLECTOR, ExtentId, grants_name, parse_numbered
 from kvstrata.tiers.shared.grants import GrantBook
 from kvstrata.tiers.shared.ledger import Ledger
 from kvstrata.tiers.shared.medium import Medium
 from kvstrata.tiers.shared.member import Member
 from kvstrata.tiers.shared.order import Order, last_order
 from kvstrata.tiers.shared.recency import AccessReader
+from kvstrata.tiers.shared.small_files import FolderSettings, Grants
 
 
 class CollectorConfig(Protocol):

@@ -140,27 +140,6 @@ class Waiting:
             self._batch.wait(until)
 
 
-class Together:
-    """Several batches as one; at least one."""
-
-    def __init__(self, batches: Sequence[HeldBatch | Waiting]) -> None:
-        self._batches = batches
-
-    def cancel(self) -> Positions:
-        return np.concatenate([batch.cancel() for batch in self._batches])
-
-    def abandon(self, positions: Positions) -> Positions:
-        return np.concatenate([batch.abandon(positions) for batch in self._batches])
-
-    def help(self) -> None:
-        for batch in self._batches:
-            batch.help()
-
-    def wait(self, until: float) -> None:
-        for batch in self._batches:
-            batch.wait(until)
-
-
 def set_file(rows: Rows, fd: int, *, direct: bool) -> None:
     """These rows move by this descriptor. Before, BOUNCE marks what O_DIRECT could not take as it is."""
     rows[:, k.FD] = fd

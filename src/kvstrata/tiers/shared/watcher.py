@@ -7,15 +7,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 from kvstrata.telemetry import Telemetry
+from kvstrata.tiers.shared.batches import Added, Batch, BatchKind
 from kvstrata.tiers.shared.catalog import Catalog
+from kvstrata.tiers.shared.extent_file import Footer
 from kvstrata.tiers.shared.format import (
     EXTENTS,
     MEMBERS,
-    Added,
-    Batch,
-    BatchKind,
     ExtentId,
-    Footer,
     MemberFile,
     member_word,
     parse_member,
