@@ -42,8 +42,16 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/file_io.py --dir .demo/bench
 	$(BIN)/python benchmarks/checksum.py
 	$(BIN)/python benchmarks/tiers.py --dir .demo/bench --picture docs/pictures/tiers.svg
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/shared_fs.py
+	$(BIN)/python benchmarks/client_cache.py
+	$(BIN)/python benchmarks/metadata.py
+	$(BIN)/python benchmarks/members.py
+	$(BIN)/python benchmarks/object_store.py
+	$(BIN)/python benchmarks/pool.py --dir .demo
 	@test -d ../shared/traces/open || { echo "the real traces are not beside this folder: no simulator"; exit 1; }
 	$(BIN)/python benchmarks/simulator.py
+	$(BIN)/python benchmarks/attach_rules.py
 	$(BIN)/python benchmarks/study_grid.py
 	$(BIN)/python benchmarks/streaming.py --dir .demo
 
