@@ -49,6 +49,7 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], str]] = {
     "shared_rewritten_bytes_total": (("tier",), "Bytes of extents written to leave dead blocks behind"),
     "shared_lost_blocks_total": (("tier",), "Live blocks that went with their extent"),
     "shared_adopted_extents_total": (("tier",), "Extents taken over from members that are no more"),
+    "shared_expired_total": (("tier",), "Blocks of a folder that the collector found past their TTL"),
     "shared_orphans_total": (("tier", "kind"), "Files removed that belonged to nobody"),
     "shared_missing_extents_total": (("tier",), "Published extents whose file was not there"),
     "shared_foreign_files_total": (("tier",), "Files seen that are not kvstrata's, and left alone"),

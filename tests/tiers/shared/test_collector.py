@@ -137,7 +137,7 @@ def test_expired_blocks_make_room_first(world: World) -> None:
     fill(world, node, 2, first=100)
     world.unix_ms = 2000
     world.run(node)
-    assert node.telemetry.value("expired_total") == BLOCKS
+    assert node.telemetry.value("shared_expired_total") == BLOCKS
     while node.telemetry.value("shared_collected_extents_total") == 0:
         fill(world, node, 1, first=1000)
     assert node.catalog.get(mortal) is None and 100 in node.serve()

@@ -192,7 +192,7 @@ class Collector:
         counts = {
             "shared_duplicates_total": ledger.duplicates,
             "evictions_total": ledger.evicted,
-            "expired_total": ledger.expired,
+            "shared_expired_total": ledger.expired,
             "shared_access_damaged_total": term.reader.damaged,
         }
         for name, count in counts.items():
