@@ -57,7 +57,8 @@ class Sides:
         self.blocks = size // block_bytes
         self.size = self.blocks * block_bytes
         self.layout = BlockLayout(block_bytes, LAYOUT.block_tokens)
-        capacity = 3 * (rounds + 3) * size + (1 << 30)
+        # A member keeps 1/64 of the capacity ready at most, and a whole round is saved at once.
+        capacity = 160 * size
         self.stores = [
             BlockStore(
                 Config(

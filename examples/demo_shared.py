@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from backends import BackendMissing
 from backends.gluster import gluster_volume
-from client_cache import LIMIT_BYTES_PER_SECOND, ReadRates, measure
+from client_cache import HEADERS, LIMIT_BYTES_PER_SECOND, ReadRates, measure
 from shared_picture import shared_picture
 from stage import BLOCKS_PER_CHUNK, CHUNK_TOKENS, LICENSE, DemoError, Stage, console, conversations
 
@@ -184,7 +184,7 @@ def storage(stage: Stage, paths: list[Path], limit: Callable[[], None] | None) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".demo-shared"), help="where everything goes")
+    parser.add_argument("--folder", type=Path, default=Path(".demo/shared"), help="where everything goes")
     stage = Stage(parser.parse_args().folder)
     started = time.monotonic()
     try:
@@ -194,7 +194,7 @@ def main() -> int:
             try:
                 _, mounts = stack.enter_context(gluster_volume(2))
                 paths = [mount.path for mount in mounts]
-                limit = partial(mounts[1].limit, LIMIT_BYTES_PER_SECOND)
+                limit = partial(mounts[1].limit, int(LIMIT_BYTES_PER_SECOND * HEADERS))
                 console.print("the shared folder: a GlusterFS volume, mounted twice")
             except BackendMissing as missing:
                 paths = [stage.fresh("shared")] * 2
