@@ -64,7 +64,11 @@ def shared_picture(report: dict[str, Any], *, limit: int) -> str:
     drawing = Drawing()
     drawing.title("Time to first token on node B, of prompts that node A computed")
     drawing.legend(
-        [("cold", "computed"), ("shared", "from the shared folder"), ("disk", "from B's own disk, later")]
+        [
+            ("cold", "computed"),
+            ("shared", "first read, B's disk is empty"),
+            ("disk", "second read, B's disk"),
+        ]
     )
     pairs = list(zip(report["first_read"], report["second_read"], strict=True))
     most = max(max(first["ttft_cold_ms"], first["ttft_ms"], second["ttft_ms"]) for first, second in pairs)
