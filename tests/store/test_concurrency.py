@@ -33,7 +33,7 @@ from store_kit import (
     nvme_tier,
 )
 
-SOAK_SECONDS = float(os.environ.get("KVSTRATA_SOAK_SECONDS", "60"))
+SOAK_SECONDS = float(os.environ.get("KVSTRATA_SOAK_SECONDS", "30"))
 THREADS = 8
 CAPACITY_BYTES = 4_000_000
 CHAINS = 150
