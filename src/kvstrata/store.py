@@ -206,7 +206,7 @@ class BlockStore:
         keys = match.keys[: len(targets)]
         if len(targets) > len(match.keys):
             raise LayoutMismatchError(f"{len(targets)} targets for {len(match.keys)} keys")
-        buffers = self._buffers(targets, writable=True)
+        buffers = block_buffers(targets, self.layout, writable=True)
         full = self._stack.queued[0] + len(keys) > self.config.store.load_queue_blocks
         missing = np.arange(len(keys))
         groups: list[tuple[int, Placements]] = []
@@ -306,7 +306,7 @@ class BlockStore:
             )
         alone = request is None
         request = self.new_request() if request is None else request
-        buffers = self._buffers(sources, writable=False)
+        buffers = block_buffers(sources, self.layout, writable=False)
         transfer = Transfer(
             Direction.STORE,
             len(keys),
@@ -485,19 +485,20 @@ class BlockStore:
         if self._closed:
             raise StoreClosedError("this store was closed; open a new one")
 
-    def _buffers(self, given: Blocks, *, writable: bool) -> Buffers:
-        """Raises LayoutMismatchError for what no block of this layout can be."""
-        try:
-            buffers = given if isinstance(given, Buffers) else Buffers.of(given, writable=writable)
-        except ValueError as error:
-            what = "a load target must be writable" if writable else "a source cannot be read"
-            raise LayoutMismatchError(f"{what}: {error}") from None
-        there = buffers.addresses != 0
-        wrong = there & ((buffers.lengths < 1) | (buffers.lengths > self.layout.block_bytes))
-        if wrong.any():
-            size = int(buffers.lengths[wrong][0])
-            raise LayoutMismatchError(f"a buffer of {size} bytes for blocks of {self.layout.block_bytes}")
-        return buffers
+
+def block_buffers(given: Blocks, layout: BlockLayout, *, writable: bool) -> Buffers:
+    """What a caller gave for blocks. Raises LayoutMismatchError for what no block of this layout can be."""
+    try:
+        buffers = given if isinstance(given, Buffers) else Buffers.of(given, writable=writable)
+    except ValueError as error:
+        what = "a load target must be writable" if writable else "a source cannot be read"
+        raise LayoutMismatchError(f"{what}: {error}") from None
+    there = buffers.addresses != 0
+    wrong = there & ((buffers.lengths < 1) | (buffers.lengths > layout.block_bytes))
+    if wrong.any():
+        size = int(buffers.lengths[wrong][0])
+        raise LayoutMismatchError(f"a buffer of {size} bytes for blocks of {layout.block_bytes}")
+    return buffers
 
 
 def _within(seconds: float, work: Callable[[], object]) -> bool:

@@ -213,14 +213,7 @@ class BlockTable:
     def pin_all(self, keys: Sequence[BlockKey]) -> Placements:
         """`pin`, as columns."""
         with self._swept():
-            resident = self._resident
-            found = [index for key in keys if (index := resident.get(key)) is not None]
-            if len(found) == len(keys):
-                positions, kept = np.arange(len(keys)), list(keys)
-            else:
-                positions = np.array([n for n, key in enumerate(keys) if key in resident], dtype=np.int64)
-                kept = [keys[n] for n in positions.tolist()]
-            indices = np.array(found, dtype=np.int64)
+            positions, indices, kept = find_all(keys, self._resident)
             shift_pins(self._pins, indices, 1)
             return self._placements(positions, indices, kept)
 
@@ -231,10 +224,7 @@ class BlockTable:
         )  # fmt: skip
 
     def unpin(self, placements: Placements | Iterable[Placement]) -> None:
-        if not isinstance(placements, Placements):
-            indices = np.array([placement.index for placement in placements], dtype=np.int64)
-        else:
-            indices = placements.indices
+        indices = indices_of(placements)
         with self._lock:
             self._unpin(indices)
 
@@ -650,6 +640,26 @@ class BlockTable:
             assert len(self._policy.order()) == listed
             assert len(set(self._free_ids)) == len(self._free_ids)
             assert len(self._free_ids) == int(np.count_nonzero(states == FREE))
+
+
+def find_all(
+    keys: Sequence[BlockKey], ids: Mapping[BlockKey, int]
+) -> tuple[Column, Column, list[BlockKey]]:
+    """Positions, ids and keys of those that are among `ids`, in their order."""
+    found = [index for key in keys if (index := ids.get(key)) is not None]
+    if len(found) == len(keys):
+        positions, kept = np.arange(len(keys)), list(keys)
+    else:
+        positions = np.array([n for n, key in enumerate(keys) if key in ids], dtype=np.int64)
+        kept = [keys[n] for n in positions.tolist()]
+    return positions, np.array(found, dtype=np.int64), kept
+
+
+def indices_of(placements: Placements | Iterable[Placement]) -> Column:
+    """Their ids, whichever way they are held."""
+    if isinstance(placements, Placements):
+        return placements.indices
+    return np.array([placement.index for placement in placements], dtype=np.int64)
 
 
 def joined(parts: Sequence[Placements]) -> Placements:

@@ -37,7 +37,7 @@ from kvstrata.serving.protocol import (
 )
 from kvstrata.serving.remote_transfer import RemoteTransfer
 from kvstrata.serving.server_link import ServerLink
-from kvstrata.store import Blocks, Buffer, TierStatus
+from kvstrata.store import Blocks, Buffer, TierStatus, block_buffers
 from kvstrata.telemetry import Telemetry
 from kvstrata.tiers.base import OpenReport
 from kvstrata.transfer.buffers import Buffers
@@ -133,7 +133,7 @@ class RemoteStore:
         if len(targets) > len(match.keys):
             raise LayoutMismatchError(f"{len(targets)} targets for {len(match.keys)} keys")
         keys = match.keys[: len(targets)]
-        buffers = self._buffers(targets, writable=True)
+        buffers = block_buffers(targets, self.layout, writable=True)
         ahead = match.keys[len(keys) : len(keys) + AHEAD_BLOCKS]
         return self._move(attached, Direction.LOAD, keys, buffers, ahead=ahead)
 
@@ -150,7 +150,7 @@ class RemoteStore:
             raise LayoutMismatchError(
                 f"{len(keys)} blocks in one save; store.batch_blocks of the server allows {most}"
             )
-        buffers = self._buffers(sources, writable=False)
+        buffers = block_buffers(sources, self.layout, writable=False)
         return self._move(attached, Direction.STORE, keys, buffers, request=request or 0)
 
     def _move(
@@ -309,20 +309,6 @@ class RemoteStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _buffers(self, given: Blocks, *, writable: bool) -> Buffers:
-        """Raises LayoutMismatchError for what no block of this layout can be."""
-        try:
-            buffers = given if isinstance(given, Buffers) else Buffers.of(given, writable=writable)
-        except ValueError as error:
-            what = "a load target must be writable" if writable else "a source cannot be read"
-            raise LayoutMismatchError(f"{what}: {error}") from None
-        there = buffers.addresses != 0
-        wrong = there & ((buffers.lengths < 1) | (buffers.lengths > self.layout.block_bytes))
-        if wrong.any():
-            size = int(buffers.lengths[wrong][0])
-            raise LayoutMismatchError(f"a buffer of {size} bytes for blocks of {self.layout.block_bytes}")
-        return buffers
 
 
 def tier_status(described: dict[str, Any]) -> TierStatus:

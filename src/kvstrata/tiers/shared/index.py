@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.table import Column, Placement, Placements, Recorded, shift_pins, unix_ms
+from kvstrata.table import (
+    Column,
+    Placement,
+    Placements,
+    Recorded,
+    find_all,
+    indices_of,
+    shift_pins,
+    unix_ms,
+)
 from kvstrata.tiers.shared.catalog import Change, Extent
 from kvstrata.tiers.shared.extent_file import Entries
 from kvstrata.tiers.shared.extents import ExtentWriter, OpenExtent
@@ -90,22 +99,12 @@ class SharedIndex:
 
     def pin_all(self, keys: Sequence[BlockKey]) -> Placements:
         with self._swept():
-            resident = self._chains.found
-            found = [index for key in keys if (index := resident.get(key)) is not None]
-            if len(found) == len(keys):
-                positions, kept = np.arange(len(keys)), list(keys)
-            else:
-                positions = np.array([n for n, key in enumerate(keys) if key in resident], dtype=np.int64)
-                kept = [keys[n] for n in positions.tolist()]
-            indices = np.array(found, dtype=np.int64)
+            positions, indices, kept = find_all(keys, self._chains.found)
             shift_pins(self._ids.pins, indices, 1)
             return self._ids.placements(positions, indices, kept)
 
     def unpin(self, placements: Placements | Sequence[Placement]) -> None:
-        if not isinstance(placements, Placements):
-            indices = np.array([placement.index for placement in placements], dtype=np.int64)
-        else:
-            indices = placements.indices
+        indices = indices_of(placements)
         with self._lock:
             self._unpin(indices)
 
